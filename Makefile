@@ -1,0 +1,70 @@
+# TI-JEPA: from an empty folder to the MVSA table. `make` lists the targets.
+# A failing command in a pipe or a list fails the target.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# VENV is where the packages are installed; `make ... VENV=` uses the python on the PATH as it is.
+VENV := .venv
+PYTHON3 := python3
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON3))
+COCO := data/coco
+MVSA := data/mvsa
+# The paper's run where its data are, else the toy. Any PRESET on the command line wins.
+PRESET := $(if $(and $(wildcard $(COCO)),$(wildcard $(MVSA))),small,toy)
+OUT := out/$(PRESET)
+# Passed on to pretrain.py and finetune_mvsa.py: DEVICE=cpu, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, SPLIT=FOLDER, ...
+DEVICE := auto
+PRETRAIN_ARGS := $(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(IMAGE_WEIGHTS),--image_weights $(IMAGE_WEIGHTS)) \
+	$(if $(TEXT_ENCODER),--text_encoder $(TEXT_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS))
+EVAL_ARGS := $(if $(SPLIT),--split $(SPLIT))
+TOY := data/toy
+RUN_COCO := $(if $(filter toy,$(PRESET)),$(TOY)/coco,$(COCO))
+RUN_MVSA := $(if $(filter toy,$(PRESET)),$(TOY)/mvsa,$(MVSA))
+
+.NOTPARALLEL:
+.PHONY: help reproduce test coco clean check-preset packages
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 18
+
+reproduce: check-preset packages ## pretrain and evaluate, [PRESET=toy|tiny|small|medium|large COCO=DIR MVSA=DIR VENV=]
+ifeq ($(PRESET),toy)
+	@$(PY) data.py toy $(TOY)
+endif
+	@$(PY) data.py check --coco $(RUN_COCO) --mvsa $(RUN_MVSA)
+	@$(PY) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --device $(DEVICE) $(PRETRAIN_ARGS)
+	@$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --device $(DEVICE) $(EVAL_ARGS)
+
+test: packages ## run the tests, on the CPU and without network
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest -q test_model.py
+
+coco: ## fetch COCO 2017 train images (19 GB) and captions into COCO=DIR, resuming what is half there
+	@mkdir -p $(COCO)
+	@for zip in annotations/annotations_trainval2017.zip zips/train2017.zip; do \
+		file=$(COCO)/$${zip##*/}; \
+		[ -f $$file ] || { curl -fL -C - --retry 5 -o $$file.part http://images.cocodataset.org/$$zip; mv $$file.part $$file; }; \
+		$(PYTHON3) -m zipfile -e $$file $(COCO); \
+	done
+
+clean: ## remove the toy data and the toy results
+	@rm -rf $(TOY) out/toy
+
+# What will run, before anything is installed: the device is asked of the machine here, and said again by torch later.
+check-preset:
+	@case "$(PRESET)" in toy|tiny|small|medium|large) ;; *) echo "PRESET is toy, tiny, small, medium or large, not '$(PRESET)'" >&2; exit 2;; esac
+	@if [ "$(DEVICE)" != auto ]; then device="$(DEVICE)"; \
+	elif nvidia-smi -L >/dev/null 2>&1; then device="cuda (nvidia-smi lists a GPU)"; \
+	elif [ "$$(uname -sm)" = "Darwin arm64" ]; then device="mps"; else device="cpu (no GPU found)"; fi; \
+	echo "reproduce: preset $(PRESET), data $(RUN_COCO) and $(RUN_MVSA), device $$device$(if $(filter toy,$(PRESET)),. Toy data and toy encoders: the numbers are NOT the paper's)"
+
+ifeq ($(VENV),)
+packages:
+	@$(PY) -c "import sys, importlib.util as u; m = [p for p in 'torch transformers timm numpy sklearn tqdm pytest PIL'.split() if not u.find_spec(p)]; sys.exit('missing in $$(command -v $(PY)): ' + ', '.join(m) + '; pip install -r requirements.txt' if m else 0)"
+else
+packages: $(VENV)/installed
+$(VENV)/installed: requirements.txt
+	@echo "installing requirements.txt into $(VENV) (torch is large: minutes)" >&2
+	@$(PYTHON3) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+endif

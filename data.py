@@ -1,0 +1,457 @@
+"""Everything that touches the disk: COCO captions, MVSA posts, published splits, and the toy world in both layouts.
+
+    python data.py toy DIR                        write the toy data: DIR/coco and DIR/mvsa, in the official layouts
+    python data.py check --coco DIR --mvsa DIR    say what is there, or what is missing and where it is to be had
+
+One image-caption pair goes: COCO's json -> `CocoCaptions.items` -> `epoch_batches` draws its index and caption ->
+`CocoCaptions.__getitem__` decodes and preprocesses it -> `collate` -> the loop in pretrain.py.
+"""
+import argparse
+import json
+import struct
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
+
+LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
+COCO_HELP = "run `make coco COCO=DIR`, or download train2017.zip and annotations_trainval2017.zip from cocodataset.org"
+MVSA_HELP = ("MVSA must be downloaded by hand: http://www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
+             "social-data/ or, on Kaggle, vincemarcs/mvsasingle and vincemarcs/mvsamultiple")
+# What Pillow raises on files that are not the image they claim to be
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class DataError(Exception):
+    """The data are missing or not what they should be; the message names the file and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def image_transform(data_config):
+    """PIL image -> [3, H, W] float tensor: size, interpolation, mean and std of the encoder's own timm data config.
+
+    The picture is squashed to the input size, not cropped (as in the authors' scripts): a caption may speak of its edges.
+    """
+    return timm.data.create_transform(**data_config, crop_pct=1.0, crop_mode="squash")
+
+
+def read_image(path):
+    """Path -> RGB image. Raises one of BROKEN if it cannot be decoded to the last pixel."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+@dataclass
+class LeftOut:
+    """What was not used, by reason, with names: nothing is dropped silently."""
+    reasons: dict = field(default_factory=dict)  # reason -> set of names
+
+    def add(self, reason, name):
+        """Count `name` once; a broken image is printed the first time it is met."""
+        names = self.reasons.setdefault(reason, set())
+        if reason == "broken image" and name not in names:
+            print(f"left out, cannot be read: {name}", file=sys.stderr)
+        names.add(name)
+
+    def counts(self):
+        return {reason: len(names) for reason, names in self.reasons.items()}
+
+    def __str__(self):
+        return ", ".join(f"{count} {reason}" for reason, count in self.counts().items()) or "none"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COCO captions
+
+
+def coco_paths(root):
+    """COCO 2017's (image folder, caption file) below `root`. Raises DataError naming what is missing."""
+    images, captions = Path(root) / "train2017", Path(root) / "annotations" / "captions_train2017.json"
+    missing = [str(path) for path, found in ((images, images.is_dir()), (captions, captions.is_file())) if not found]
+    if missing:
+        raise DataError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
+    return images, captions
+
+
+class CocoCaptions(torch.utils.data.Dataset):
+    """Images and their captions. `items[i]` is (path, captions), in the order of the image ids.
+
+    An image that is listed but not on disk, or has no caption, is counted in `left_out`. `limit` keeps the first so many
+    (0: all). Raises DataError if the annotations are not COCO's or nothing is left.
+    """
+
+    def __init__(self, root, limit=0):
+        folder, annotations = coco_paths(root)
+        try:
+            content = json.loads(annotations.read_text(encoding="utf-8"))
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            captions = {}
+            for note in content["annotations"]:
+                captions.setdefault(note["image_id"], []).append(note["caption"].strip())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{annotations} is not a COCO caption file: {error!r}") from error
+        on_disk = {path.name for path in folder.iterdir()}
+        self.items, self.left_out, self.transform = [], LeftOut(), None
+        for image_id, name in sorted(names.items()):
+            if name not in on_disk:
+                self.left_out.add("image not on disk", name)
+            elif image_id not in captions:
+                self.left_out.add("image without caption", name)
+            elif not limit or len(self.items) < limit:
+                self.items.append((folder / name, captions[image_id]))
+        if not self.items:
+            raise DataError(f"no image of {folder} has a caption in {annotations}; left out: {self.left_out}")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, draw):
+        """(image index, caption index) -> (tensor [3, H, W] or None if it cannot be read, caption, path)"""
+        index, caption = draw
+        path, captions = self.items[index]
+        return load_tensor(path, self.transform), captions[caption], str(path)
+
+
+def load_tensor(path, transform):
+    """Path -> [3, H, W], or None for a broken image (which `collate` then names)."""
+    try:
+        return transform(read_image(path))
+    except BROKEN:
+        return None
+
+
+def epoch_batches(dataset, batch_size, seed, epoch):
+    """The batches of one epoch: lists of (image index, caption index). Pure function of its arguments.
+
+    Each image comes once, in a new order, with one of its captions drawn at random. The last batch is dropped if it is
+    not full, unless it is the only one.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    draws = [(int(i), int(rng.integers(len(dataset.items[i][1])))) for i in rng.permutation(len(dataset))]
+    batches = [draws[start:start + batch_size] for start in range(0, len(draws), batch_size)]
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
+
+
+def collate(samples):
+    """Samples -> (images [B, 3, H, W], B captions, paths of the images that could not be read and are left out)"""
+    whole = [sample for sample in samples if sample[0] is not None]
+    images = torch.stack([sample[0] for sample in whole]) if whole else torch.empty(0)
+    return images, [sample[1] for sample in whole], [sample[2] for sample in samples if sample[0] is None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MVSA
+
+
+@dataclass
+class Post:
+    """One post. Ids clash between the two sets, so a post's key is (set, id)."""
+    set: str  # "single" or "multi"
+    id: str
+    image: Path
+    text: str
+    label: int  # index into LABELS
+
+
+def find_mvsa(root):
+    """{"single": folder, "multi": folder}, or one of them: every folder at `root` or up to two levels below it that
+    holds labelResultAll.txt and data/, whatever its name; which set it is, its header tells.
+
+    Raises DataError if there is none, or two of a kind.
+    """
+    root, found = Path(root), {}
+    patterns = ["labelResultAll.txt", "*/labelResultAll.txt", "*/*/labelResultAll.txt"]
+    for labels in (path for pattern in patterns for path in sorted(root.glob(pattern))):
+        if not (labels.parent / "data").is_dir():
+            raise DataError(f"{labels} is there, but no folder {labels.parent / 'data'} with the posts\n  {MVSA_HELP}")
+        kind = "single" if annotators(labels) == 1 else "multi"
+        if kind in found:
+            raise DataError(f"two folders hold MVSA-{kind}: {found[kind]} and {labels.parent}; keep one")
+        found[kind] = labels.parent
+    if not found:
+        raise DataError(f"MVSA not found: looked for {', '.join(str(root / p) for p in patterns)}\n  {MVSA_HELP}")
+    return found
+
+
+def read_rows(labels):
+    """labelResultAll.txt -> (line number, tab-separated fields) of its non-empty lines, header first."""
+    lines = labels.read_bytes().decode("utf-8-sig", errors="replace").splitlines()
+    return [(n, [part.strip() for part in line.split("\t")]) for n, line in enumerate(lines, start=1) if line.strip()]
+
+
+def annotators(labels):
+    """1 (Single) or 3 (Multi), from the header `ID<tab>text,image[<tab>text,image<tab>text,image]`."""
+    rows = read_rows(labels)
+    header = [part.lower().replace(" ", "") for part in rows[0][1]] if rows else []
+    if header[:1] != ["id"] or set(header[1:]) != {"text,image"} or len(header) not in (2, 4):
+        raise DataError(f"{labels}: the first line must be ID and one or three times text,image, not {header}")
+    return len(header) - 1
+
+
+def majority(votes):
+    """The word that more than half of the votes name, or None."""
+    word, count = Counter(votes).most_common(1)[0]
+    return word if 2 * count > len(votes) else None
+
+
+def combine(text, image):
+    """MVSA's label of a post from those of its parts: equal keeps, neutral with polar gives the polar one, positive with
+    negative gives None (Niu et al. 2016, as in CLMLF and all later work)."""
+    if text == image or image == "neutral":
+        return text
+    return image if text == "neutral" else None
+
+
+def read_labels(labels):
+    """labelResultAll.txt -> ({id: label}, {id: reason}) of the posts kept and dropped. Raises DataError on anything else
+    than the documented format, with the line number."""
+    count, kept, dropped = annotators(labels), {}, {}
+    for line, (post, *votes) in read_rows(labels)[1:]:
+        votes = [tuple(word.strip().lower() for word in vote.split(",")) for vote in votes]
+        if len(votes) != count or any(len(vote) != 2 or not set(vote) <= set(LABELS) for vote in votes):
+            raise DataError(f"{labels}, line {line}: not an id and {count} times text,image with {', '.join(LABELS)}")
+        if post in kept or post in dropped:
+            raise DataError(f"{labels}, line {line}: id {post} is there a second time")
+        text, image = (majority(part) for part in zip(*votes))
+        label = combine(text, image) if text and image else None
+        if label:
+            kept[post] = LABELS.index(label)
+        else:
+            dropped[post] = "text and image of opposite polarity" if text and image else "no majority"
+    return kept, dropped
+
+
+def decode(content):
+    """A raw post -> text. The files are a mixture of UTF-8 and GBK-family bytes; Latin-1 takes whatever is left."""
+    for encoding in ("utf-8-sig", "gb18030"):
+        try:
+            return content.decode(encoding).strip()
+        except UnicodeDecodeError:
+            pass  # the next encoding
+    return content.decode("latin-1").strip()
+
+
+def load_mvsa(folder):
+    """One MVSA folder -> (posts in the order of the label file, LeftOut). Images are only looked for, not decoded."""
+    folder = Path(folder)
+    kind = "single" if annotators(folder / "labelResultAll.txt") == 1 else "multi"
+    kept, dropped = read_labels(folder / "labelResultAll.txt")
+    posts, left_out = [], LeftOut()
+    for post, reason in dropped.items():
+        left_out.add(reason, post)
+    on_disk = {path.name for path in (folder / "data").iterdir()}
+    for post, label in kept.items():
+        if f"{post}.jpg" not in on_disk or f"{post}.txt" not in on_disk:
+            left_out.add("text or image file missing", post)
+            continue
+        text = decode((folder / "data" / f"{post}.txt").read_bytes())
+        posts.append(Post(kind, post, folder / "data" / f"{post}.jpg", text, label))
+    return posts, left_out
+
+
+class PostImages(torch.utils.data.Dataset):
+    """posts[i] -> (tensor [3, H, W] or None if it cannot be read, index of the post, path); goes through `collate`."""
+
+    def __init__(self, posts, transform):
+        self.posts, self.transform = posts, transform
+
+    def __len__(self):
+        return len(self.posts)
+
+    def __getitem__(self, index):
+        path = self.posts[index].image
+        return load_tensor(path, self.transform), index, str(path)
+
+
+def stratified_split(labels, seed):
+    """Labels [P] -> indices of train, validation and test, 8:1:1, each with the classes' shares of the whole."""
+    labels = np.asarray(labels)
+    try:
+        train, rest = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=seed, stratify=labels)
+        validation, test = train_test_split(rest, test_size=0.5, random_state=seed, stratify=labels[rest])
+    except ValueError as error:  # scikit-learn: a class has too few posts to be in every part
+        raise DataError(f"cannot split {len(labels)} posts 8:1:1 by label "
+                        f"({dict(Counter(LABELS[label] for label in labels))}): {error}") from error
+    return train, validation, test
+
+
+def published_split(folder, posts):
+    """Indices into `posts` of train, validation and test by CLMLF's train.json, dev.json and test.json, and a Counter of
+    what did not match. `posts` are of one set. The files may lie in `folder` itself or in a folder below it whose path
+    tells the set ("single" or "multi"), as in CLMLF's own repository. Raises DataError if they do not fit.
+    """
+    folder, kind = Path(folder), posts[0].set
+    homes = [path.parent for path in sorted(folder.rglob("train.json"))]
+    named = [home for home in homes if kind in str(home.relative_to(folder.parent)).lower()]
+    homes = named or [home for home in homes if home == folder]
+    if len(homes) != 1:
+        raise DataError(f"--split {folder}: looked for one train.json of MVSA-{kind}, in it or in a folder below with "
+                        f"'{kind}' in its path; found {len(homes)}: {', '.join(map(str, homes))}")
+    index, notes, parts, seen = {post.id: i for i, post in enumerate(posts)}, Counter(), [], set()
+    for name in ("train.json", "dev.json", "test.json"):
+        try:
+            entries = json.loads((homes[0] / name).read_text(encoding="utf-8"))
+            listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{homes[0] / name} is not a list of id, text, emotion_label: {error!r}") from error
+        here = [(index[post], label) for post, label in listed if post in index]
+        notes["listed, but not among the posts"] += len(listed) - len(here)
+        notes["labelled otherwise there"] += sum(posts[i].label != label for i, label in here)
+        notes["listed twice"] += sum(i in seen for i, _ in here)
+        seen.update(i for i, _ in here)
+        parts.append(np.array([i for i, _ in here], dtype=int))
+    notes["not listed, so not used"] = len(posts) - len(seen)
+    if notes["listed twice"] or min(map(len, parts)) == 0 or notes["labelled otherwise there"] * 20 > len(seen):
+        raise DataError(f"--split {homes[0]} is not a split of MVSA-{kind}: {dict(notes)}, "
+                        f"sizes {[len(part) for part in parts]}")
+    return parts, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy world
+#
+# A picture is four things on a grey ground, two above two; a thing is a texture: one of 3 colours in one of 3 patterns,
+# all equally likely at each place, so what a masked thing is cannot be known from the rest of the picture. The caption
+# names the four in reading order, each colour by one of 12 words: what the words mean is seen only beside pictures.
+# Colours have moods. A post's picture has the mood of most of its things; its text, which speaks of other things than the
+# picture shows, has the mood of the thing it names first. MVSA's rules make the label of both, so it needs both.
+
+COLOURS = (  # in the order of LABELS: the moods
+    ((60, 200, 60), "green lime olive emerald jade moss fern mint sage pine grass forest".split()),
+    ((60, 90, 230), "blue navy azure cobalt sky indigo denim ocean sapphire cerulean ink lapis".split()),
+    ((230, 60, 60), "red crimson scarlet ruby cherry brick rose wine coral cardinal maroon vermilion".split()))
+PATTERNS = (("bars", "pillars", "columns"), ("stripes", "bands", "lines"), ("checks", "squares", "tiles"))
+
+
+def toy_image(things, rng):
+    """Four (colour, pattern) pairs -> 48 x 48 RGB image with pixel noise; a thing covers 2 x 2 patches of 8 pixels."""
+    pixels = np.full((48, 48, 3), 128.0)
+    y, x = np.mgrid[:16, :16] // 2  # stripes are two pixels wide
+    for place, (colour, pattern) in enumerate(things):
+        light = (x % 2, y % 2, (x + y) % 2)[pattern]
+        top, left = 8 + 16 * (place // 2), 8 + 16 * (place % 2)
+        pixels[top:top + 16, left:left + 16] = np.array(COLOURS[colour][0]) * (0.5 + 0.5 * light[:, :, None])
+    return Image.fromarray((pixels + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def toy_text(things, rng):
+    """Four (colour, pattern) pairs -> "scarlet bars navy tiles ...", each word drawn from its synonyms."""
+    return " ".join(f"{rng.choice(COLOURS[colour][1])} {rng.choice(PATTERNS[pattern])}" for colour, pattern in things)
+
+
+def toy_things(rng):
+    """Four (colour, pattern) pairs, all equally likely."""
+    return [tuple(map(int, rng.integers(3, size=2))) for _ in range(4)]
+
+
+def toy_post(text_mood, image_mood, rng):
+    """Two moods (indices into LABELS) -> (image, text) of a post: in the picture each thing has its mood with probability
+    0.8, else any; in the text the thing named first has it, the others any."""
+    shown = [(image_mood if rng.random() < 0.8 else colour, pattern) for colour, pattern in toy_things(rng)]
+    (_, pattern), *others = toy_things(rng)
+    return toy_image(shown, rng), toy_text([(text_mood, pattern), *others], rng)
+
+
+def write_toy_coco(root, count, rng):
+    """COCO's layout below `root`, with one broken image and one that is listed but not there."""
+    (root / "train2017").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    images, notes = [], []
+    for i in range(count + 2):
+        things = toy_things(rng)
+        images.append({"id": i, "file_name": f"{i:012d}.jpg", "width": 48, "height": 48})
+        notes += [{"id": 5 * i + k, "image_id": i, "caption": toy_text(things, rng)} for k in range(5)]
+        if i < count:
+            toy_image(things, rng).save(root / "train2017" / images[i]["file_name"], quality=92)
+    (root / "train2017" / images[count]["file_name"]).write_bytes(b"\xff\xd8 not a JPEG")
+    text = json.dumps({"images": images, "annotations": notes})
+    (root / "annotations" / "captions_train2017.json").write_text(text, encoding="utf-8")
+
+
+def write_toy_mvsa(root, count, voters, rng):
+    """MVSA's layout below `root`: `count` posts to keep, and conflicts, missing majorities (Multi), a broken image and a
+    text that is not UTF-8."""
+    (root / "data").mkdir(parents=True)
+    lines, kept, number = ["\t".join(["ID"] + ["text,image"] * voters)], 0, 0
+    while kept < count:
+        number += 1
+        text, image = (int(mood) for mood in rng.integers(3, size=2))
+        votes = [[text, image] for _ in range(voters)]
+        if voters == 3:
+            votes[rng.integers(3)][rng.integers(2)] = int(rng.integers(3))  # one may disagree: the majority stands
+            if number % 25 == 0:
+                votes = [[vote, image] for vote in range(3)]  # three labels for the text, all different
+        kept += bool(combine(LABELS[text], LABELS[image])) and not (voters == 3 and number % 25 == 0)
+        lines.append("\t".join([str(number)] + [f"{LABELS[t]},{LABELS[i]}" for t, i in votes]))
+        picture, words = toy_post(text, image, rng)
+        (root / "data" / f"{number}.txt").write_bytes((words + " #caf\u00e9" * (number == 3)).encode("gb18030"))
+        picture.save(root / "data" / f"{number}.jpg", quality=92)
+    lines.append("\t".join([str(number + 1)] + ["positive,positive"] * voters))
+    (root / "data" / f"{number + 1}.txt").write_text("red bars")
+    (root / "data" / f"{number + 1}.jpg").write_bytes(b"")
+    (root / "labelResultAll.txt").write_bytes("\r\n".join(lines + [""]).encode())
+
+
+def write_toy(root, images=1000, posts=1000, seed=0):
+    """Write the toy data: `root`/coco, `root`/mvsa/MVSA_Single (`posts` kept) and MVSA_Multiple (twice as many).
+
+    The same arguments give the same bytes. Does nothing if the data are there from the same arguments.
+    """
+    root, recipe = Path(root), json.dumps({"images": images, "posts": posts, "seed": seed})
+    done = root / "recipe.json"  # written last, so it marks a complete set
+    if done.is_file() and done.read_text() == recipe:
+        return
+    if root.exists():
+        raise DataError(f"{root} exists, but not as toy data of {recipe}; remove it or name another folder")
+    rng = np.random.default_rng(seed)
+    write_toy_coco(root / "coco", images, rng)
+    write_toy_mvsa(root / "mvsa" / "MVSA_Single", posts, 1, rng)
+    write_toy_mvsa(root / "mvsa" / "MVSA_Multiple", 2 * posts, 3, rng)
+    done.write_text(recipe)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help="write the toy data", formatter_class=parser.formatter_class)
+    toy.add_argument("dir", help="folder to make; gets coco/ and mvsa/")
+    toy.add_argument("--images", type=int, default=1000, help="pictures with captions")
+    toy.add_argument("--posts", type=int, default=1000, help="posts of MVSA-Single that are kept; Multi has twice as many")
+    toy.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    check = commands.add_parser("check", help="say what data are there", formatter_class=parser.formatter_class)
+    check.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
+    check.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "toy":
+            write_toy(args.dir, args.images, args.posts, args.seed)
+            return 0
+        missing = []
+        for find, root in ((coco_paths, args.coco), (find_mvsa, args.mvsa)):
+            try:
+                find(root)
+            except DataError as error:
+                missing.append(str(error))
+        if missing:
+            raise DataError("\n".join(missing))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,519 @@
+"""TI-JEPA (arXiv 2503.06380): the model, its masks and its energy. Tensors only; no file but pretrained weights.
+
+Read it top to bottom in the order of the method: presets, frozen encoders f_I and f_T, the text-to-image encoder X
+(and its EMA copy X~), the predictor g, the block masks, and `TIJEPA`, which puts them together.
+
+Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a block, C context patches)
+
+    here                     paper        shape              meaning
+    images, texts            I, T         [B,3,H,W], list    a preprocessed picture and its caption
+    image_encoder            f_I          -> [B, N, D_I]     frozen ViT, patch tokens only
+    text_encoder             f_T          -> [B, L, D_T]     frozen text transformer, token states
+    s_image, s_text          s_I, s_T     see above          what the frozen encoders say
+    text_mask                -            [B, L] bool        True where s_text is a token, False where it is padding
+    context_encoder          X (theta)    -> [B, C, D]       trained; sees the context patches and the caption
+    target_encoder           X~ (xi)      -> [B, N, D]       EMA copy of X; sees all patches and the caption
+    predictor                g (phi)      -> [B, M, P, D]    narrow ViT from context tokens to hidden patches
+    masks.context            B_x          [B, C] int         indices of the visible patches
+    masks.target             B_y(i)       [B, M, P] int      indices of the hidden patches, block by block
+    energy                   E(I, T)      [B]                error of the prediction, one number per pair
+    momentum                 m            float              xi <- m xi + (1 - m) theta
+
+Does NOT include: data, training loops, image augmentation, negatives or a contrastive term, text masking (captions are
+always read whole), more than one context block, distributed training.
+
+Differs from I-JEPA (github.com/facebookresearch/ijepa): the encoder below X is frozen; the mask sampler reaches the last
+row and column, draws scale and aspect independently, never truncates in raster order, and ends on any grid.
+Differs from the authors' code: squared error by default as in the paper (their scripts optimise smooth L1, here
+`loss="smooth_l1"`), no dropout, a norm after each input projection; f_I is timm's copy of I-JEPA's `encoder` weights
+(their scripts take `target_encoder` of the same file).
+"""
+import copy
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import load_checkpoint
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+
+MAX_TEXT_TOKENS = 128  # a tweet of 140 characters or a COCO caption fits with room; longer texts are cut here
+
+
+class EncoderError(ValueError):
+    """A pretrained encoder cannot be loaded or does not fit; the message names the option that mends it."""
+
+
+@dataclass
+class Config:
+    """Everything that fixes the architecture. Saved with each checkpoint, so that a model can be built from it."""
+    image_encoder: str  # a timm name, or "toy"
+    text_encoder: str  # a Hugging Face name or a local folder, or "toy"
+    dim: int  # D, width of X and X~
+    depth: int  # blocks of X
+    heads: int  # attention heads of X
+    predictor_depth: int = 12
+    predictor_dim: int = 384
+    predictor_heads: int = 12
+    image_weights: str = ""  # a weight file for image_encoder; empty: timm's own pretrained weights
+    self_attention: bool = False  # self-attention among patches before each cross-attention
+    loss: str = "mse"  # or "smooth_l1"
+    vocabulary: list = field(default_factory=list)  # the words known to the "toy" text encoder
+
+
+JEPA_14, JEPA_16 = "vit_huge_patch14_gap_224.in1k_ijepa", "vit_huge_patch16_gap_448.in1k_ijepa"
+GTE = "alibaba-nlp-community/gte-{}-en-v1.5"
+PRESETS = {
+    "toy": Config("toy", "toy", 96, 2, 4, 3, 96, 4),
+    "tiny": Config("vit_tiny_patch16_224", "sentence-transformers/all-MiniLM-L6-v2", 192, 2, 4, 4, 96, 4),
+    "small": Config(JEPA_14, GTE.format("base"), 768, 4, 8),
+    "medium": Config(JEPA_14, GTE.format("base"), 768, 6, 12),
+    "large": Config(JEPA_16, GTE.format("large"), 1024, 8, 16),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# f_I and f_T: frozen, always in eval mode
+
+
+class Frozen(nn.Module):
+    """A module that stays in eval mode whatever `.train()` is called on."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class ImageEncoder(Frozen):
+    """f_I: a timm ViT without its classifier. `weights` is a file that replaces timm's own pretrained weights."""
+
+    def __init__(self, name, weights=""):
+        super().__init__()
+        self.vit = toy_vit() if name == "toy" else load_vit(name, weights)
+        self.vit.requires_grad_(False).eval()
+        if not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):
+            raise EncoderError(f"--image_encoder {name}: not a ViT with a fixed patch grid")
+        self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns) of patches; N = rows * columns
+        self.dim = self.vit.num_features
+        config = timm.data.resolve_model_data_config(self.vit)
+        self.data_config = {key: config[key] for key in ("interpolation", "mean", "std")}
+        self.data_config["input_size"] = (3, *self.vit.patch_embed.img_size)
+
+    @torch.no_grad()
+    def forward(self, images):
+        """images [B, 3, H, W] -> patch tokens [B, N, D_I]; class and register tokens are dropped."""
+        tokens = self.vit.forward_features(images)  # [B, prefix + N, D_I]
+        tokens = tokens[:, getattr(self.vit, "num_prefix_tokens", 0):]
+        if tokens.ndim != 3 or tokens.shape[1] != self.grid[0] * self.grid[1]:  # a Swin has a patch grid, but merges it
+            raise EncoderError(f"--image_encoder gives {list(tokens.shape)}, not one token for each of {self.grid} patches")
+        return tokens
+
+
+def toy_vit():
+    """A seeded, untrained 2-layer ViT: 48 x 48 pixels, a 6 x 6 grid of 8-pixel patches."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=8, embed_dim=96, depth=2, num_heads=3,
+                                 num_classes=0)
+
+
+def load_vit(name, weights):
+    """Build a timm ViT with its pretrained weights, or with those of the file `weights`.
+
+    timm's own converter for the architecture reads the file, so I-JEPA's `.pth.tar` works too. Raises EncoderError if
+    the name is unknown, the hub cannot be reached, or a key is missing or left over (the classifier's excepted).
+    """
+    try:
+        vit = timm.create_model(name, pretrained=not weights, num_classes=0)
+    except OSError as error:  # the hub's and urllib's connection errors are OSErrors
+        raise EncoderError(f"--image_encoder {name}: its weights cannot be downloaded ({error}). "
+                           "Give a local file with --image_weights FILE") from error
+    except RuntimeError as error:  # timm: unknown model, or no pretrained weights exist for it
+        raise EncoderError(f"--image_encoder {name}: {error}") from error
+    if not weights:
+        return vit
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    try:
+        keys = load_checkpoint(vit, weights, strict=False, filter_fn=convert)
+    except (OSError, RuntimeError) as error:  # no such file; not a checkpoint; a tensor of another shape
+        raise EncoderError(f"--image_weights {weights} does not load into {name}: {error}") from error
+    if keys is not None:  # None: timm's npz reader, which raises on what does not fit
+        head = vit.pretrained_cfg.get("classifier") or ()  # f_I has none: its weights in the file may be left over
+        head = tuple(f"{part}." for part in ([head] if isinstance(head, str) else head))
+        unexpected = [key for key in keys.unexpected_keys if not (head and key.startswith(head))]
+        if keys.missing_keys or unexpected:
+            raise EncoderError(f"--image_weights {weights} does not fit {name}: missing keys {keys.missing_keys}, "
+                               f"unexpected keys {unexpected}")
+    return vit
+
+
+class TextEncoder(Frozen):
+    """f_T: any Hugging Face encoder and its tokenizer, by name or local folder."""
+
+    def __init__(self, name, vocabulary=()):
+        super().__init__()
+        self.tokenizer, self.bert = toy_bert(vocabulary) if name == "toy" else load_text_encoder(name)
+        self.bert.requires_grad_(False).eval()
+        self.dim = self.bert.config.hidden_size
+        self.tokenizer.padding_side = "right"  # so that the position of a token does not depend on its batch-mates
+        limits = (self.tokenizer.model_max_length, getattr(self.bert.config, "max_position_embeddings", None))
+        self.max_tokens = min(MAX_TEXT_TOKENS, *(limit for limit in limits if limit))
+
+    @torch.no_grad()
+    def forward(self, texts):
+        """B strings -> token states [B, L, D_T] and their mask [B, L] (True: token, False: padding)."""
+        # A tokenizer without special tokens gives "" no token at all, and attention over nothing is NaN.
+        texts = [text if text.strip() else self.tokenizer.unk_token or "." for text in texts]
+        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt",
+                               return_token_type_ids=False).to(self.bert.device)
+        states = self.bert(**batch).last_hidden_state
+        return states, batch["attention_mask"].bool()
+
+
+def toy_bert(vocabulary):
+    """A seeded, untrained 2-layer BERT and a tokenizer with one token per word of `vocabulary`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors  # a dependency of transformers
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *vocabulary])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        bert = BertModel(BertConfig(vocab_size=len(words), hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                    intermediate_size=192, max_position_embeddings=64), add_pooling_layer=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]",
+                                   cls_token="[CLS]", sep_token="[SEP]", model_max_length=64), bert
+
+
+def load_text_encoder(name):
+    """AutoTokenizer and AutoModel from a hub name or a folder. Raises EncoderError if either cannot be had or a weight
+    of the encoder is missing from the checkpoint (transformers would fill it at random with only a warning)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, info = AutoModel.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:  # unreachable or no such folder; unknown architecture or files
+        raise EncoderError(f"--text_encoder {name} cannot be loaded: {error}\nGive the folder of a downloaded model "
+                           "with --text_encoder PATH") from error
+    # The pooler works on the class token after the last layer; s_T is the token states below it.
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    if missing or info["mismatched_keys"]:
+        raise EncoderError(f"--text_encoder {name}: missing keys {missing}, keys of another shape "
+                           f"{sorted(info['mismatched_keys'])}, unexpected keys {sorted(info['unexpected_keys'])}")
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer, model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# X, X~ and g
+
+
+class Attention(nn.Module):
+    """Multi-head attention from `x` to `memory` (self-attention when they are the same)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} attention heads do not divide the width {dim}")
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, memory, mask=None):
+        """x [B, N, D], memory [B, L, D], mask [B, L] bool or None (True: may be attended to) -> [B, N, D]"""
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, D/heads]
+        k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x [B, heads, L, D/heads]
+        mask = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, L]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, heads, N, D/heads]
+        return self.proj(x.transpose(1, 2).flatten(2))  # [B, N, D]
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block: self-attention, cross-attention to the text, MLP of ratio 4; either attention may be
+    absent. X uses cross (and with `self_attention` both), the predictor only self."""
+
+    def __init__(self, dim, heads, self_attention, cross_attention):
+        super().__init__()
+        self.norm_self, self.self_attn = (nn.LayerNorm(dim), Attention(dim, heads)) if self_attention else (None, None)
+        self.norm_cross, self.cross = (nn.LayerNorm(dim), Attention(dim, heads)) if cross_attention else (None, None)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x, text=None, text_mask=None):
+        """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D]"""
+        if self.self_attn is not None:
+            h = self.norm_self(x)
+            x = x + self.self_attn(h, h)
+        if self.cross is not None:
+            x = x + self.cross(self.norm_cross(x), text, text_mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+def init_weights(module):
+    """I-JEPA's initialisation (vision_transformer.py): truncated normal of std 0.02, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+class FusionEncoder(nn.Module):
+    """X: image tokens are queries, text tokens keys and values (paper section 3, the "text-to-image" encoder)."""
+
+    def __init__(self, image_dim, text_dim, dim, depth, heads, self_attention=False):
+        super().__init__()
+        self.image_proj = nn.Sequential(nn.Linear(image_dim, dim), nn.LayerNorm(dim))
+        self.text_proj = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, self_attention, True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.apply(init_weights)
+
+    def forward(self, s_image, s_text, text_mask):
+        """s_image [B, N, D_I] (any subset of the patches), s_text [B, L, D_T], text_mask [B, L] -> [B, N, D]"""
+        x, text = self.image_proj(s_image), self.text_proj(s_text)
+        for block in self.blocks:
+            x = block(x, text, text_mask)
+        return self.norm(x)
+
+
+class TargetEncoder(Frozen):
+    """X~: starts as an exact copy of X, has no gradients, is always in eval mode, and follows X by EMA."""
+
+    def __init__(self, context_encoder):
+        super().__init__()
+        self.encoder = copy.deepcopy(context_encoder).requires_grad_(False).eval()
+
+    def forward(self, s_image, s_text, text_mask):
+        """As FusionEncoder: -> [B, N, D]"""
+        return self.encoder(s_image, s_text, text_mask)
+
+
+def sincos_2d(grid, dim):
+    """Fixed 2-D sine-cosine positions (I-JEPA's pos_embs.py): half of `dim` tells the row, half the column.
+
+    grid (rows, columns) -> [rows * columns, dim], raster order. Raises ValueError unless dim is a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"2-D sin-cos positions need a width that is a multiple of 4, not {dim}")
+    frequency = 10000.0 ** (-torch.arange(dim // 4) / (dim / 4))
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]  # 2 x [N, dim/4]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+
+
+class Predictor(nn.Module):
+    """g: I-JEPA's narrow ViT. From the context tokens and a mask token at each hidden position, predict X~ there."""
+
+    def __init__(self, grid, dim, width, depth, heads):
+        super().__init__()
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("positions", sincos_2d(grid, width)[None], persistent=False)  # [1, N, width]
+        self.blocks = nn.ModuleList(Block(width, heads, True, False) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, dim)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        for layer, block in enumerate(self.blocks, start=1):  # I-JEPA's fix_init_weight: deeper layers start smaller
+            block.self_attn.proj.weight.data.div_(math.sqrt(2 * layer))
+            block.mlp[2].weight.data.div_(math.sqrt(2 * layer))
+
+    def forward(self, context, masks):
+        """context [B, C, D] at masks.context, masks.target [B, M, P] -> predictions [B, M, P, D]
+
+        Each target block is predicted on its own: it sees the context, never another block's mask tokens.
+        """
+        B, M, P = masks.target.shape
+        positions = self.positions.expand(B, -1, -1)  # [B, N, width]
+        visible = self.embed(context) + gather(positions, masks.context)  # [B, C, width]
+        visible = visible.repeat_interleave(M, dim=0)  # [B * M, C, width]
+        hidden = self.mask_token + gather(positions, masks.target.flatten(1))  # [B, M * P, width]
+        hidden = hidden.reshape(B * M, P, -1)  # [B * M, P, width]
+        x = torch.cat([visible, hidden.to(visible.dtype)], dim=1)  # [B * M, C + P, width]
+        for block in self.blocks:
+            x = block(x)
+        x = self.proj(self.norm(x[:, -P:]))  # [B * M, P, D]: the mask tokens only
+        return x.unflatten(0, (B, M))  # [B, M, P, D]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+class Masks(NamedTuple):
+    """Patch indices in raster order. No index of an image's context is in any of its target blocks."""
+    context: torch.Tensor  # [B, C]
+    target: torch.Tensor  # [B, M, P]
+
+    def to(self, device):
+        return Masks(self.context.to(device), self.target.to(device))
+
+
+def gather(tokens, index):
+    """tokens [B, N, D], index [B, K] -> [B, K, D]"""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[-1]))
+
+
+def sample_masks(grid, batch, generator, blocks=4, target_area=(0.15, 0.2), target_aspect=(0.75, 1.5),
+                 context_area=(0.85, 1.0)):
+    """I-JEPA's multi-block masks (paper section 3.2; I-JEPA's masks/multiblock.py), drawn for each image.
+
+    The block sizes are drawn once per batch and the context is cut to the smallest of the batch, so that all tensors are
+    rectangular. The cut drops patches at random: in raster order it would always be the bottom rows. Areas are shares
+    of the grid, the aspect is height / width relative to the grid's. The same (grid, batch, generator state) gives the
+    same masks. Raises ValueError for a grid with nothing left to see beside a target block.
+    """
+    rows, columns = grid
+    N = rows * columns
+    h, w = block_size(grid, target_area, target_aspect, generator)
+    context_h, context_w = block_size(grid, context_area, (1.0, 1.0), generator)
+    minimum = max(1, N // 10)  # fewer visible patches than this, and the image's masks are drawn again
+    if N - h * w < minimum:
+        raise ValueError(f"a {rows} x {columns} patch grid is too small for block masks")
+
+    def corners(count, height, width):  # of blocks that may touch every edge: 2 x [batch, count]
+        return (torch.randint(rows - height + 1, (batch, count), generator=generator),
+                torch.randint(columns - width + 1, (batch, count), generator=generator))
+
+    top, left = corners(blocks, h, w)
+    context = inside(grid, *corners(1, context_h, context_w), context_h, context_w)[:, 0]  # [B, N]
+    visible = context & ~inside(grid, top, left, h, w).any(1)  # [B, N]
+    for _ in range(20):
+        bad = visible.sum(1) < minimum  # [B]
+        if not bad.any():
+            break
+        top, left = (torch.where(bad[:, None], new, old) for new, old in zip(corners(blocks, h, w), (top, left)))
+        visible = context & ~inside(grid, top, left, h, w).any(1)
+    else:  # a grid this coarse may never do it with distinct blocks: lay them on one another, and see all the rest
+        bad = visible.sum(1) < minimum
+        top, left = (torch.where(bad[:, None], corner[:, :1], corner) for corner in (top, left))
+        visible = torch.where(bad[:, None], ~inside(grid, top, left, h, w).any(1), visible)
+
+    order = torch.rand(batch, N, generator=generator).masked_fill(~visible, -1.0)
+    context = order.topk(int(visible.sum(1).min()), dim=1).indices.sort(dim=1).values  # [B, C]
+    block = (torch.arange(h)[:, None] * columns + torch.arange(w)).flatten()  # [P]: offsets from the corner
+    return Masks(context, (top * columns + left)[:, :, None] + block)  # [B, C], [B, M, P]
+
+
+def block_size(grid, area, aspect, generator):
+    """Height and width in patches of a block whose area (share of the grid) and aspect are uniform in their ranges."""
+    u, v = torch.rand(2, generator=generator).tolist()
+    scale, ratio = area[0] + u * (area[1] - area[0]), aspect[0] + v * (aspect[1] - aspect[0])
+    sides = math.sqrt(scale * ratio), math.sqrt(scale / ratio)
+    return tuple(min(max(round(side * size), 1), size) for side, size in zip(sides, grid))
+
+
+def inside(grid, top, left, h, w):
+    """Which patches lie in the h x w blocks with these corners: top, left [B, M] -> [B, M, N] bool"""
+    row = torch.arange(grid[0])[:, None] - top[:, :, None, None]  # [B, M, rows, 1]
+    column = torch.arange(grid[1]) - left[:, :, None, None]  # [B, M, 1, columns]
+    return ((row >= 0) & (row < h) & (column >= 0) & (column < w)).flatten(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+class Output(NamedTuple):
+    """What one forward pass gives."""
+    loss: torch.Tensor  # []: mean energy of the batch
+    energy: torch.Tensor  # [B]
+    target: torch.Tensor  # [B, N, D]: X~'s normalised tokens, of all patches
+
+
+class TIJEPA(nn.Module):
+    """The energy-based model of a picture and its caption. `config` is one of PRESETS or your own Config."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.loss not in ("mse", "smooth_l1"):
+            raise ValueError(f'loss must be "mse" or "smooth_l1", not "{config.loss}"')
+        self.config = config
+        self.image_encoder = ImageEncoder(config.image_encoder, config.image_weights)
+        self.text_encoder = TextEncoder(config.text_encoder, config.vocabulary)
+        self.grid = self.image_encoder.grid
+        self.context_encoder = FusionEncoder(self.image_encoder.dim, self.text_encoder.dim, config.dim, config.depth,
+                                             config.heads, config.self_attention)
+        self.target_encoder = TargetEncoder(self.context_encoder)
+        self.predictor = Predictor(self.grid, config.dim, config.predictor_dim, config.predictor_depth,
+                                   config.predictor_heads)
+
+    def forward(self, images, texts, masks):
+        """images [B, 3, H, W], B strings, masks (see sample_masks) -> Output. Gradients reach X and g only."""
+        s_image = self.image_encoder(images)  # f_I: [B, N, D_I]
+        s_text, text_mask = self.text_encoder(texts)  # f_T: [B, L, D_T], [B, L]
+        context = self.context_encoder(gather(s_image, masks.context), s_text, text_mask)  # X: [B, C, D]
+        target = self.target(s_image, s_text, text_mask)  # X~: [B, N, D]
+        prediction = self.predictor(context, masks)  # g: [B, M, P, D]
+        energy = self.energy(prediction, target, masks)  # [B]
+        return Output(energy.mean(), energy, target)
+
+    @torch.no_grad()
+    def target(self, s_image, s_text, text_mask):
+        """What is to be predicted: X~'s tokens of all patches, layer-normalised without affine (I-JEPA's train.py)."""
+        tokens = self.target_encoder(s_image, s_text, text_mask)  # [B, N, D]
+        return F.layer_norm(tokens.float(), tokens.shape[-1:])
+
+    def energy(self, prediction, target, masks):
+        """Error over the hidden patches: prediction [B, M, P, D], target [B, N, D] -> [B].
+
+        The mean over blocks, patches and dimensions of the squared error, or of smooth L1 if the config says so.
+        """
+        target = gather(target, masks.target.flatten(1)).view_as(prediction)  # [B, M, P, D]
+        error = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[self.config.loss]
+        return error(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+
+    def encode(self, images, texts):
+        """images [B, 3, H, W], B strings -> X~'s fused tokens [B, N, D] and their mean [B, D].
+
+        For use in a model of your own. Preprocess with `data.image_transform(model.image_encoder.data_config)`.
+        """
+        tokens = self.target_encoder(self.image_encoder(images), *self.text_encoder(texts))
+        return tokens, tokens.mean(1)
+
+    @torch.no_grad()
+    def update_target(self, momentum):
+        """xi <- momentum * xi + (1 - momentum) * theta, after each optimiser step."""
+        xi, theta = list(self.target_encoder.parameters()), list(self.context_encoder.parameters())
+        torch._foreach_mul_(xi, momentum)
+        torch._foreach_add_(xi, theta, alpha=1 - momentum)
+
+    def trained_state(self):
+        """State dicts of what training changes; the frozen encoders are rebuilt from the config instead."""
+        return {name: getattr(self, name).state_dict() for name in ("context_encoder", "target_encoder", "predictor")}
+
+    def load_trained_state(self, state):
+        """Load what `trained_state` gave. Raises RuntimeError naming the keys if it is of another architecture."""
+        for name in ("context_encoder", "target_encoder", "predictor"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and precision, the same for both scripts
+
+
+def choose_device(name="auto"):
+    """"auto" -> cuda, mps or cpu, the first there is; any other name is taken as torch takes it."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def amp_dtype(device):
+    """bfloat16 where CUDA has it, float16 where it does not (needs a GradScaler), float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(device):
+    """The autocast context of `device`; does nothing in float32."""
+    dtype = amp_dtype(device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,727 @@
+"""The tests, by values: `make test`. CPU only, no network; every file they need they write themselves."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(), TORCH_HOME=tempfile.mkdtemp())  # before the imports
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import accuracy_score, f1_score
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, GteConfig, GteModel, PreTrainedTokenizerFast, T5Config, T5Model
+
+import data
+import finetune_mvsa
+import model
+import pretrain
+from model import Masks, sample_masks
+
+HERE = Path(__file__).parent
+WORDS = "a red dog on blue grass under the sky with two cats".split()
+CONFIG = replace(model.PRESETS["toy"], dim=32, predictor_dim=32, predictor_depth=2, vocabulary=WORDS)
+TEXTS = ["a red dog", "blue grass under the sky with two cats on a dog", "cats"]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return model.TIJEPA(CONFIG)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 48, 48, generator=seeded(1))
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 3), (4, 4), (6, 6), (14, 14), (5, 9), (16, 16)])
+def test_masks_are_disjoint_in_range_and_reach_every_patch(grid):
+    N, generator = grid[0] * grid[1], seeded(0)
+    seen, hidden = torch.zeros(N), torch.zeros(N)
+    for _ in range(60):
+        context, target = sample_masks(grid, 16, generator)
+        assert context.shape[0] == target.shape[0] == 16 and target.shape[1] == 4
+        assert 0 <= min(context.min(), target.min()) and max(context.max(), target.max()) < N
+        for c, t in zip(context.tolist(), target.flatten(1).tolist()):
+            assert len(set(c)) == len(c) > 0 and not set(c) & set(t)
+        seen += torch.bincount(context.flatten(), minlength=N)
+        hidden += torch.bincount(target.flatten(), minlength=N)
+    assert (seen > 0).all() and (hidden > 0).all()
+
+
+def test_target_blocks_are_rectangles_of_the_right_area_and_aspect():
+    areas, aspects = [], []
+    for seed in range(300):
+        _, target = sample_masks((32, 32), 1, seeded(seed))
+        for block in target[0]:
+            rows, columns = block // 32, block % 32
+            h, w = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+            assert h * w == len(block) == len(set(block.tolist()))
+        areas.append(h * w / 1024)
+        aspects.append(h / w)
+    # rounding to whole patches moves a side by half a patch at most, of 10 or more
+    assert 0.135 < min(areas) < 0.155 and 0.195 < max(areas) < 0.22
+    assert 0.67 < min(aspects) < 0.80 and 1.42 < max(aspects) < 1.65
+    assert abs(np.corrcoef(areas, aspects)[0, 1]) < 0.2  # I-JEPA's sampler ties them: 1.0
+
+
+def test_masks_depend_on_grid_batch_and_generator_only():
+    first, again, other = (sample_masks((14, 14), 8, seeded(seed)) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert first.target.shape != other.target.shape or not torch.equal(first.target, other.target)
+    torch.manual_seed(99)
+    assert torch.equal(sample_masks((14, 14), 8, seeded(3)).context, first.context)
+
+
+def test_masks_are_drawn_for_each_image():
+    target = sample_masks((14, 14), 8, seeded(0)).target
+    assert len({tuple(t.flatten().tolist()) for t in target}) == 8
+
+
+def test_a_large_batch_does_not_lose_the_bottom_rows():
+    counts = torch.zeros(14)
+    for seed in range(20):
+        counts += torch.bincount(sample_masks((14, 14), 256, seeded(seed)).context.flatten() // 14, minlength=14)
+    top, bottom = counts[:7].sum(), counts[7:].sum()
+    assert 0.95 < bottom / top < 1.05
+    assert 0.9 < counts[13] / counts[0] < 1.1
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 0)])
+def test_a_grid_without_room_is_refused(grid):
+    with pytest.raises(ValueError, match="too small"):
+        sample_masks(grid, 2, seeded(0))
+
+
+# -- X, X~ and g --------------------------------------------------------------------------------------------------------
+
+
+def test_ema_starts_equal_then_follows_the_formula(net):
+    theta = list(net.context_encoder.parameters())
+    xi = list(net.target_encoder.parameters())
+    assert len(theta) == len(xi) and all(torch.equal(a, b) and a is not b for a, b in zip(theta, xi))
+    with torch.no_grad():
+        for p in theta:
+            p.add_(torch.randn(p.shape, generator=seeded(2)))
+    before = [p.clone() for p in xi]
+    net.update_target(0.9)
+    for new, old, p in zip(xi, before, theta):
+        assert torch.allclose(new, 0.9 * old + 0.1 * p, atol=1e-7) and not torch.equal(new, old)
+
+
+def test_target_and_frozen_encoders_stay_in_eval_mode(net):
+    for part in (net, net.target_encoder, net.image_encoder, net.text_encoder):
+        part.train()
+        for frozen in (net.target_encoder, net.image_encoder, net.text_encoder):
+            assert not any(module.training for module in frozen.modules())
+    assert net.context_encoder.training and net.predictor.training
+
+
+def test_gradients_reach_context_encoder_and_predictor_only(net, images):
+    net.train()
+    net(images, TEXTS, sample_masks(net.grid, 3, seeded(0))).loss.backward()
+    for name, p in net.named_parameters():
+        if name.startswith(("context_encoder", "predictor")):
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+        else:
+            assert p.grad is None and not p.requires_grad, name
+
+
+@pytest.mark.parametrize("self_attention", [False, True])
+def test_padding_does_not_change_a_caption(images, self_attention):
+    torch.manual_seed(0)
+    net = model.TIJEPA(replace(CONFIG, self_attention=self_attention)).eval()
+    with torch.no_grad():  # an untrained X hardly listens to the text: make it, in both
+        for x, x_target in zip(net.context_encoder.blocks, net.target_encoder.encoder.blocks):
+            x_target.cross.proj.weight.copy_(x.cross.proj.weight.mul_(100))
+    masks = sample_masks(net.grid, 3, seeded(0))
+    together = net(images, TEXTS, masks)
+    for i, text in enumerate(TEXTS):
+        alone = net(images[i:i + 1], [text], Masks(masks.context[i:i + 1], masks.target[i:i + 1]))
+        assert torch.allclose(alone.energy[0], together.energy[i], rtol=1e-5)
+        assert torch.allclose(alone.target[0], together.target[i], atol=1e-4)
+    changed = net(images, [TEXTS[1], TEXTS[1], TEXTS[2]], masks)  # the caption itself does change it
+    assert (changed.energy[0] - together.energy[0]).abs() > 3e-4  # 30 times the tolerance above
+    assert (changed.target[0] - together.target[0]).abs().max() > 0.1
+
+
+def test_an_empty_caption_has_a_finite_energy(net, images):
+    out = net(images, ["", "  ", "cats"], sample_masks(net.grid, 3, seeded(0)))
+    assert out.energy.isfinite().all() and torch.equal(*(net.encode(images[:1], [t])[0] for t in ("", "  ")))
+
+
+def test_hidden_patches_reach_the_prediction_only_through_the_frozen_encoder(net, images):
+    masks = sample_masks(net.grid, 3, seeded(0))
+    s_image = net.image_encoder(images).requires_grad_()
+    s_text, text_mask = net.text_encoder(TEXTS)
+    context = net.context_encoder(model.gather(s_image, masks.context), s_text, text_mask)
+    net.predictor(context, masks).square().sum().backward()
+    reach = s_image.grad.abs().sum(-1)  # [B, N]
+    visible = torch.zeros_like(reach, dtype=torch.bool).scatter(1, masks.context, True)
+    assert (reach[visible] > 0).all() and (reach[~visible] == 0).all()
+
+
+def test_each_target_block_is_predicted_on_its_own(net, images):
+    masks = sample_masks(net.grid, 3, seeded(0))
+    context = net.context_encoder(model.gather(net.image_encoder(images), masks.context), *net.text_encoder(TEXTS))
+    alone = net.predictor(context, Masks(masks.context, masks.target[:, 2:3]))
+    assert torch.allclose(net.predictor(context, masks)[:, 2], alone[:, 0], atol=1e-5)
+
+
+def test_predictor_positions_tell_the_patches_apart(net):
+    positions = model.sincos_2d((6, 6), 32)
+    assert len({tuple(p.tolist()) for p in positions}) == 36
+    assert torch.allclose(positions[7, :8], torch.sin(1.0 * 10000 ** (-torch.arange(8) / 8)))  # row 1
+    assert torch.equal(positions[7, :16], positions[11, :16]) and torch.equal(positions[7, 16:], positions[31, 16:])
+
+
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
+def test_energy_equals_a_plain_loop(images, loss):
+    torch.manual_seed(0)
+    net = model.TIJEPA(replace(CONFIG, loss=loss))
+    with torch.no_grad():  # X~ must not be X, or a mix-up of the two would pass
+        for p in net.target_encoder.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=seeded(3)))
+    masks = sample_masks(net.grid, 3, seeded(0))
+    out = net(images, TEXTS, masks)
+    s_image, (s_text, text_mask) = net.image_encoder(images), net.text_encoder(TEXTS)
+    for b in range(3):
+        target = net.target_encoder.encoder(s_image[b:b + 1], s_text[b:b + 1], text_mask[b:b + 1])[0]
+        context = net.context_encoder(s_image[b:b + 1, masks.context[b]], s_text[b:b + 1], text_mask[b:b + 1])
+        prediction = net.predictor(context, Masks(masks.context[b:b + 1], masks.target[b:b + 1]))[0]
+        errors = []
+        for block, patches in enumerate(masks.target[b]):
+            for k, patch in enumerate(patches):
+                y = (target[patch] - target[patch].mean()) / (target[patch].var(correction=0) + 1e-5).sqrt()
+                d = (prediction[block, k] - y).abs()
+                errors += (d ** 2 if loss == "mse" else torch.where(d < 1, 0.5 * d ** 2, d - 0.5)).tolist()
+        assert out.energy[b].item() == pytest.approx(np.mean(errors), rel=1e-4)
+    assert out.loss.item() == pytest.approx(out.energy.mean().item())
+
+
+def test_encode_gives_the_target_encoders_tokens_and_their_mean(net, images):
+    with torch.no_grad():
+        net.target_encoder.encoder.norm.weight.mul_(2)  # now X~ differs from X
+    tokens, pooled = net.encode(images, TEXTS)
+    assert torch.equal(tokens, net.target_encoder(net.image_encoder(images), *net.text_encoder(TEXTS)))
+    assert tokens.shape == (3, 36, 32) and torch.allclose(pooled, tokens.sum(1) / 36, atol=1e-6)
+
+
+def test_self_attention_lets_patches_see_each_other(images):
+    for self_attention in (False, True):
+        torch.manual_seed(0)
+        net = model.TIJEPA(replace(CONFIG, self_attention=self_attention))
+        s_image, text = net.image_encoder(images), net.text_encoder(TEXTS)
+        part, whole = net.context_encoder(s_image[:, :5], *text), net.context_encoder(s_image, *text)[:, :5]
+        assert torch.allclose(part, whole, atol=1e-5) != self_attention
+
+
+def test_impossible_architectures_are_refused():
+    for change, word in (({"heads": 5}, "do not divide"), ({"loss": "l1"}, "mse"), ({"predictor_dim": 30}, "multiple of 4")):
+        with pytest.raises(ValueError, match=word):
+            model.TIJEPA(replace(CONFIG, **{"predictor_heads": 2, **change}))
+
+
+def test_presets_are_the_papers():
+    sizes = {name: (c.dim, c.depth, c.heads, c.predictor_depth, c.predictor_dim) for name, c in model.PRESETS.items()}
+    assert sizes["small"] == (768, 4, 8, 12, 384) and sizes["medium"] == (768, 6, 12, 12, 384)
+    assert sizes["large"] == (1024, 8, 16, 12, 384)
+    for name in ("tiny", "small", "large"):
+        assert timm.is_model(model.PRESETS[name].image_encoder.split(".")[0])
+
+
+# -- frozen encoders ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, prefix", [("test_vit", 1), ("test_vit_relpos", 0)])
+def test_patch_tokens_without_class_token(tmp_path, name, prefix):
+    vit = timm.create_model(name, num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    encoder = model.ImageEncoder(name, str(tmp_path / "vit.pth"))
+    pictures = torch.randn(2, 3, 160, 160, generator=seeded(0))
+    tokens = encoder(pictures)
+    assert torch.allclose(tokens, vit.eval().forward_features(pictures)[:, prefix:], atol=1e-5)
+    assert tokens.shape[1] == 100
+    assert encoder.grid == (10, 10) and encoder.data_config["input_size"] == (3, 160, 160)
+
+
+def test_pretrained_weights_come_through_timms_own_loader(tmp_path):
+    vit = timm.create_model("test_vit", num_classes=5)
+    timm.models.save_for_hf(vit, tmp_path)
+    encoder = model.ImageEncoder(f"local-dir:{tmp_path}")
+    assert torch.equal(encoder.vit.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
+
+
+def test_timm_reads_ijepas_own_file_format(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", fc_norm=False, num_classes=0)
+    entry = {f"module.{key}": value for key, value in vit.state_dict().items()}
+    target = {key: value + 1 for key, value in entry.items()}
+    torch.save({"encoder": entry, "predictor": {}, "opt": {"state": {}}, "scaler": None, "target_encoder": target,
+                "epoch": 300, "loss": 0.1, "batch_size": 128, "world_size": 16, "lr": 1e-3}, tmp_path / "vit.pth.tar")
+    create = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:  # timm has no small I-JEPA: make the tiny ViT one (no class token)
+        patch.setattr(model.timm, "create_model", lambda name, pretrained, num_classes: create(
+            name, pretrained=pretrained, num_classes=num_classes, class_token=False, global_pool="avg", fc_norm=False))
+        encoder = model.ImageEncoder("vit_tiny_patch16_224", str(tmp_path / "vit.pth.tar"))
+    assert all(torch.equal(a, b) for a, b in zip(encoder.vit.state_dict().values(), vit.state_dict().values()))
+
+
+def test_image_weights_that_do_not_fit_are_refused(tmp_path):
+    state = timm.create_model("test_vit", num_classes=7).state_dict()
+    path = str(tmp_path / "vit.pth")
+    torch.save(state, path)
+    model.ImageEncoder("test_vit", path)  # a classifier of any size may be left over: f_I has none
+    torch.save({key: value for key, value in state.items() if "blocks.1.attn.proj" not in key}, path)
+    with pytest.raises(model.EncoderError, match="blocks.1.attn.proj.weight"):
+        model.ImageEncoder("test_vit", path)
+    torch.save({**state, "extra.weight": torch.zeros(1)}, path)
+    with pytest.raises(model.EncoderError, match="extra.weight"):
+        model.ImageEncoder("test_vit", path)
+    torch.save({**state, "blocks.0.mlp.fc1.weight": torch.zeros(3, 3)}, path)
+    with pytest.raises(model.EncoderError, match="blocks.0.mlp.fc1.weight"):
+        model.ImageEncoder("test_vit", path)
+    with pytest.raises(model.EncoderError, match="nowhere.pth"):
+        model.ImageEncoder("test_vit", str(tmp_path / "nowhere.pth"))
+
+
+@pytest.mark.parametrize("name, word", [("vit_tiny_patch16_224", "--image_weights"), ("no_such_vit", "Unknown model")])
+def test_image_encoders_that_cannot_be_had_are_named(name, word):
+    with pytest.raises(model.EncoderError, match=word):
+        model.ImageEncoder(name)
+
+
+def test_an_image_encoder_without_a_patch_grid_is_refused(tmp_path):
+    torch.save(timm.create_model("test_efficientnet", num_classes=0).state_dict(), tmp_path / "net.pth")
+    with pytest.raises(model.EncoderError, match="patch grid"):
+        model.ImageEncoder("test_efficientnet", str(tmp_path / "net.pth"))
+
+
+def save_text_encoder(folder, text_model):
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    text_model.save_pretrained(folder)
+    return str(folder)
+
+
+SMALL = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+TEXT_MODELS = {
+    "bert": lambda: BertModel(BertConfig(**SMALL)),
+    "gte": lambda: GteModel(GteConfig(**SMALL, pad_token_id=0)),  # the paper's text encoder, in small
+    "t5": lambda: T5Model(T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_text_encoders_load_from_a_folder(tmp_path, name):
+    torch.manual_seed(0)
+    saved = TEXT_MODELS[name]().eval()
+    encoder = model.TextEncoder(save_text_encoder(tmp_path, saved))
+    states, mask = encoder(TEXTS + [""])
+    assert mask.tolist() == [[n < length for n in range(11)] for length in (3, 11, 1, 1)] and encoder.dim == 16
+    ids = torch.tensor([[2 + WORDS.index(word) for word in TEXTS[0].split()]])
+    expected = (saved.encoder if name == "t5" else saved)(input_ids=ids).last_hidden_state
+    assert torch.allclose(states[0, :3], expected[0], atol=1e-5)
+
+
+def test_long_texts_are_cut_to_what_the_encoder_takes(tmp_path):
+    encoder = model.TextEncoder(save_text_encoder(tmp_path, BertModel(BertConfig(**SMALL, max_position_embeddings=12))))
+    states, _ = encoder(["dog " * 500])
+    assert states.shape[1] == 12
+
+
+def test_text_encoders_that_do_not_load_whole_are_refused(tmp_path):
+    folder = save_text_encoder(tmp_path, BertModel(BertConfig(**{**SMALL, "num_hidden_layers": 1})))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(model.EncoderError, match="encoder.layer.1"):
+        model.TextEncoder(folder)
+    with pytest.raises(model.EncoderError, match="--text_encoder PATH"):
+        model.TextEncoder("sentence-transformers/all-MiniLM-L6-v2")
+    with pytest.raises(model.EncoderError, match="no/such/folder"):
+        model.TextEncoder("no/such/folder")
+
+
+# -- data ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy") / "toy"
+    data.write_toy(root, images=40, posts=60)
+    return root
+
+
+def test_toy_data_are_the_same_bytes_for_the_same_seed(toy, tmp_path):
+    data.write_toy(tmp_path / "again", images=40, posts=60)
+    data.write_toy(tmp_path / "other", images=40, posts=60, seed=1)
+    files = sorted(path.relative_to(toy) for path in toy.rglob("*") if path.is_file())
+    assert all((toy / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files) and len(files) > 300
+    name = "mvsa/MVSA_Single/data/1.txt"
+    assert (toy / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+def test_toy_coco_goes_through_the_loader(toy, capsys):
+    dataset = data.CocoCaptions(toy / "coco")
+    assert len(dataset) == 41 and dataset.left_out.counts() == {"image not on disk": 1}
+    assert all(len(captions) == 5 for _, captions in dataset.items)
+    dataset.transform = data.image_transform(model.ImageEncoder("toy").data_config)
+    images, captions, broken = data.collate([dataset[i, 0] for i in range(41)])
+    assert images.shape == (40, 3, 48, 48) and len(captions) == 40 and [Path(p).name for p in broken] == ["000000000040.jpg"]
+    dataset.left_out.add("broken image", broken[0])
+    dataset.left_out.add("broken image", broken[0])
+    assert capsys.readouterr().err.count("000000000040.jpg") == 1 and dataset.left_out.counts()["broken image"] == 1
+
+
+def test_preprocessing_is_the_encoders(tmp_path):
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[:, 50:] = 255
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    config = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    tensor = data.image_transform(config)(data.read_image(tmp_path / "half.png"))
+    for channel, (mean, std) in enumerate(zip(config["mean"], config["std"])):
+        assert tensor[channel, 16, 0].item() == pytest.approx((0 - mean) / std, abs=1e-5)  # the left edge is kept
+        assert tensor[channel, 16, 31].item() == pytest.approx((1 - mean) / std, abs=1e-5)  # and so is the right
+
+
+def test_each_epoch_draws_every_image_once_with_one_caption(toy):
+    dataset = data.CocoCaptions(toy / "coco")
+    first, again, second = (data.epoch_batches(dataset, 10, 0, epoch) for epoch in (0, 0, 1))
+    assert first == again and first != second and [len(batch) for batch in first] == [10] * 4
+    draws = [draw for batch in data.epoch_batches(dataset, 100, 0, 0) for draw in batch]  # a batch above the set: all
+    assert sorted(i for i, _ in draws) == list(range(41))
+    drawn = {(i, c) for epoch in range(60) for batch in data.epoch_batches(dataset, 41, 0, epoch) for i, c in batch}
+    assert len(drawn) == 41 * 5
+
+
+def test_coco_that_is_not_there_or_not_coco_is_refused(tmp_path):
+    with pytest.raises(data.DataError) as error:
+        data.CocoCaptions(tmp_path)
+    for path in ("train2017", "annotations/captions_train2017.json", "make coco"):
+        assert path in str(error.value)
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for content in ("{", "[]", '{"images": []}', '{"images": [{"id": 1}], "annotations": []}', '{"images": [], "annotations": []}'):
+        (tmp_path / "annotations" / "captions_train2017.json").write_text(content)
+        with pytest.raises(data.DataError, match="captions_train2017.json"):
+            data.CocoCaptions(tmp_path)
+
+
+@pytest.mark.parametrize("text, image, label", [
+    ("positive", "positive", "positive"), ("neutral", "neutral", "neutral"), ("negative", "negative", "negative"),
+    ("neutral", "positive", "positive"), ("positive", "neutral", "positive"), ("neutral", "negative", "negative"),
+    ("negative", "neutral", "negative"), ("positive", "negative", None), ("negative", "positive", None)])
+def test_label_rules(text, image, label):
+    assert data.combine(text, image) == label
+
+
+def write_labels(folder, rows, columns, newline="\n", posts=True):
+    (folder / "data").mkdir(parents=True)
+    text = newline.join(["ID\t" + "\t".join(["text,image"] * columns), *rows, ""])
+    (folder / "labelResultAll.txt").write_bytes(text.encode())
+    for number in (row.split("\t")[0] for row in rows if posts):
+        (folder / "data" / f"{number}.txt").write_text(f"post {number}")
+        (folder / "data" / f"{number}.jpg").write_bytes(b"")
+    return folder
+
+
+def test_single_labels_with_each_way_to_be_dropped(tmp_path):
+    rows = ["1\tpositive,positive", "2\tneutral,negative", "3\tpositive,negative", "4\tneutral,neutral", "9\tnegative,neutral"]
+    folder = write_labels(tmp_path / "MVSA_Single", rows, 1, "\r\n")
+    (folder / "data" / "9.jpg").unlink()
+    posts, left_out = data.load_mvsa(folder)
+    assert [(p.set, p.id, p.label, p.text) for p in posts] == [
+        ("single", "1", 0, "post 1"), ("single", "2", 2, "post 2"), ("single", "4", 1, "post 4")]
+    assert left_out.reasons == {"text and image of opposite polarity": {"3"}, "text or image file missing": {"9"}}
+
+
+def test_multi_labels_with_each_way_to_be_dropped(tmp_path):
+    P, U, N = "positive", "neutral", "negative"
+    rows = [f"1\t{P},{U}\t{P},{U}\t{N},{P}",  # text positive 2:1, image neutral 2:1 -> positive
+            f"2\t{P},{P}\t{U},{P}\t{N},{P}",  # text has no majority
+            f"3\t{P},{P}\t{P},{U}\t{P},{N}",  # image has none
+            f"4\t{P},{N}\t{P},{N}\t{U},{U}",  # majorities of opposite polarity
+            f"5\t{U},{N}\t{U},{N}\t{N},{P}"]  # neutral text, negative image -> negative
+    posts, left_out = data.load_mvsa(write_labels(tmp_path / "anything", rows, 3))
+    assert [(p.set, p.id, data.LABELS[p.label]) for p in posts] == [("multi", "1", P), ("multi", "5", N)]
+    assert left_out.reasons == {"no majority": {"2", "3"}, "text and image of opposite polarity": {"4"}}
+
+
+@pytest.mark.parametrize("row", ["1\tpositive", "1\tpositive,happy", "1\tpositive,neutral\tneutral,neutral", "1", "1\t,"])
+def test_label_lines_of_another_format_are_refused(tmp_path, row):
+    folder = write_labels(tmp_path / "set", ["7\tpositive,positive", row], 1, posts=False)
+    with pytest.raises(data.DataError, match="line 3"):
+        data.load_mvsa(folder)
+
+
+def test_repeated_ids_and_unknown_headers_are_refused(tmp_path):
+    with pytest.raises(data.DataError, match="second time"):
+        data.load_mvsa(write_labels(tmp_path / "a", ["7\tpositive,positive", "7\tneutral,neutral"], 1))
+    with pytest.raises(data.DataError, match="first line"):
+        data.load_mvsa(write_labels(tmp_path / "b", [], 2))
+
+
+@pytest.mark.parametrize("content, text", [
+    (b"plain\r\n", "plain"), ("caf\u00e9 \u4f60\u597d".encode(), "caf\u00e9 \u4f60\u597d"), (b"\xef\xbb\xbfbom", "bom"),
+    ("\u4f60\u597d".encode("gb18030"), "\u4f60\u597d"), (b"caf\xe9", "caf\u00e9"), (b"", ""), (b"\xff\xff\xff", "\xff" * 3)])
+def test_posts_in_any_encoding_are_read(content, text):
+    assert data.decode(content) == text
+
+
+@pytest.mark.parametrize("single, multi", [("MVSA_Single", "MVSA_Multiple"), ("MVSA-single", "MVSA-multiple"),
+                                           ("x/MVSA_Single", "y/MVSA"), ("b", "a")])
+def test_both_sets_are_found_by_their_headers(tmp_path, single, multi):
+    write_labels(tmp_path / single, [], 1)
+    write_labels(tmp_path / multi, [], 3)
+    assert data.find_mvsa(tmp_path) == {"single": tmp_path / single, "multi": tmp_path / multi}
+    assert data.find_mvsa(tmp_path / single) == {"single": tmp_path / single}
+    with pytest.raises(data.DataError, match="two folders hold MVSA-single"):
+        write_labels(tmp_path / "copy", [], 1)
+        data.find_mvsa(tmp_path)
+
+
+def test_ids_may_clash_between_the_sets(toy):
+    posts = [p for folder in data.find_mvsa(toy / "mvsa").values() for p in data.load_mvsa(folder)[0]]
+    assert len({p.id for p in posts}) < len(posts) == len({(p.set, p.id) for p in posts}) == 61 + 121
+    assert any("#caf\u00e9" in p.text for p in posts) or len(posts) == 0
+
+
+def test_splits_are_stratified_and_whole():
+    labels = np.repeat([0, 1, 2], [600, 300, 100])
+    parts = data.stratified_split(labels, seed=0)
+    assert sorted(np.concatenate(parts)) == list(range(1000)) and [len(p) for p in parts] == [800, 100, 100]
+    for part in parts:
+        assert np.allclose(np.bincount(labels[part]) / len(part), [0.6, 0.3, 0.1], atol=0.01)
+    assert not np.array_equal(parts[2], data.stratified_split(labels, seed=1)[2])
+    with pytest.raises(data.DataError, match="cannot split"):
+        data.stratified_split(np.array([0, 0, 0, 1]), seed=0)
+
+
+def write_split(folder, parts):
+    folder.mkdir(parents=True)
+    for name, entries in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps([{"id": i, "text": "", "emotion_label": label} for i, label in entries]))
+
+
+def test_published_split(tmp_path):
+    posts = [data.Post("single", str(i), Path(), "", i % 3) for i in range(30)]
+    entries = [(str(i), i % 3) for i in range(28)] + [("999", 0)]
+    write_split(tmp_path / "MVSA-single" / "10-flod-1", {"train": entries[:20], "dev": entries[20:24], "test": entries[24:]})
+    write_split(tmp_path / "MVSA-multiple" / "10-flod-1", {"train": [], "dev": [], "test": []})
+    for folder in (tmp_path, tmp_path / "MVSA-single", tmp_path / "MVSA-single" / "10-flod-1"):
+        parts, notes = data.published_split(folder, posts)
+        assert [part.tolist() for part in parts] == [list(range(20)), [20, 21, 22, 23], [24, 25, 26, 27]]
+        assert notes["listed, but not among the posts"] == 1 and notes["not listed, so not used"] == 2
+    wrong = [data.Post("single", p.id, p.image, "", (p.label + 1) % 3) for p in posts]
+    with pytest.raises(data.DataError, match="not a split of MVSA-single"):
+        data.published_split(tmp_path, wrong)
+    with pytest.raises(data.DataError, match="found 0"):
+        data.published_split(tmp_path / "MVSA-multiple", posts)
+
+
+# -- pretrain.py --------------------------------------------------------------------------------------------------------
+
+
+def test_schedules():
+    assert [pretrain.linear(s, 101, 0.996, 1.0) for s in (0, 50, 100)] == pytest.approx([0.996, 0.998, 1.0])
+    assert [pretrain.cosine(s, 101, 0.04, 0.4) for s in (0, 25, 50, 100)] == pytest.approx([0.04, 0.0927208, 0.22, 0.4])
+    lr = [pretrain.warmup_cosine(s, 101, 10, 2e-4, 1e-3, 1e-6) for s in range(101)]
+    assert [lr[0], lr[5], lr[10], lr[55], lr[100]] == pytest.approx([2e-4, 6e-4, 1e-3, 5.005e-4, 1e-6])
+    assert all(np.isfinite(pretrain.warmup_cosine(0, 1, 0, 0.1, 1.0, 0.0)) for _ in range(1))
+
+
+def test_biases_and_norms_are_not_decayed(net):
+    decayed, plain = (group["params"] for group in pretrain.build_optimizer(net, torch.device("cpu")).param_groups)
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert all(names[id(p)].endswith("bias") or "norm" in names[id(p)] or "_proj.1" in names[id(p)] for p in plain)
+    assert all(names[id(p)].endswith(("weight", "mask_token")) for p in decayed)
+    assert len(decayed) + len(plain) == sum(p.requires_grad for p in net.parameters())
+
+
+def test_accumulation_equals_the_large_batch():
+    pictures, texts = torch.randn(7, 3, 48, 48, generator=seeded(5)), (TEXTS * 3)[:7]
+    results = []
+    for sizes in ([7], [3, 3, 1]):
+        torch.manual_seed(0)
+        net = model.TIJEPA(CONFIG).double()
+        optimizer = pretrain.build_optimizer(net, torch.device("cpu"))
+        optimizer.param_groups[0]["lr"] = 0.1
+        ends = np.cumsum(sizes)
+        micro = [(pictures[e - n:e].double(), texts[e - n:e]) for e, n in zip(ends, sizes)]
+        loss, norm, _ = pretrain.train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), micro,
+                                            sample_masks(net.grid, 7, seeded(0)), 1.0, torch.device("cpu"))
+        results.append((loss.item(), norm.item(), [p.grad for p in net.parameters() if p.grad is not None]))
+    (loss, norm, grads), (loss2, norm2, grads2) = results
+    # the error itself is taken in float32 (as under autocast), so equality is to float32's rounding
+    assert loss2 == pytest.approx(loss, rel=1e-6) and norm2 == pytest.approx(norm, rel=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(grads, grads2)) and len(grads) > 20
+
+
+def test_gradients_are_clipped(net, images):
+    optimizer = pretrain.build_optimizer(net, torch.device("cpu"))
+    step = (net, optimizer, torch.amp.GradScaler("cpu", enabled=False), [(images, TEXTS)], sample_masks(net.grid, 3, seeded(0)))
+    _, norm, _ = pretrain.train_step(*step, 1e-3, torch.device("cpu"))
+    clipped = torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm()
+    assert norm > 1e-2 and clipped.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_target_std_is_over_images_not_positions():
+    positions_only = torch.randn(1, 36, 8, generator=seeded(0)).expand(20, -1, -1)  # the same for every image
+    assert pretrain.target_std(positions_only) < 1e-6
+    assert pretrain.target_std(torch.randn(2000, 4, 8, generator=seeded(0))) == pytest.approx(1, abs=0.02)
+
+
+# -- finetune_mvsa.py ---------------------------------------------------------------------------------------------------
+
+
+def test_the_head_never_sees_a_test_label():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 5)), rng.integers(3, size=300)
+    train, validation, test = data.stratified_split(y, 0)
+    scrambled = y.copy()
+    scrambled[test] = rng.permutation(scrambled[test])
+    heads = [finetune_mvsa.fit_head(x, labels, train, validation) for labels in (y, scrambled)]
+    assert heads[0][1] == heads[1][1] and np.array_equal(heads[0][0][-1].coef_, heads[1][0][-1].coef_)
+    assert not np.array_equal(y, scrambled)
+
+
+def test_scores_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [60, 30, 10])
+    informative = np.eye(3)[labels] + rng.normal(size=(100, 3))
+    features = {row: informative for row in finetune_mvsa.ROWS[1:]}
+    split = data.stratified_split(labels, 0)
+    scores = finetune_mvsa.evaluate(features, labels, [split])
+    y = labels[split[2]]
+    assert scores["majority class"]["accuracy"] == [100 * accuracy_score(y, np.zeros_like(y))] == [60.0]
+    assert scores["majority class"]["weighted F1"] == [100 * f1_score(y, np.zeros_like(y), average="weighted")]
+    head, _ = finetune_mvsa.fit_head(informative, labels, *split[:2])
+    assert scores["text only"]["macro F1"] == [100 * f1_score(y, head.predict(informative[split[2]]), average="macro")]
+
+
+def test_untrained_target_encoder_is_not_the_pretrained_one(net):
+    fresh = [finetune_mvsa.untrained(net, seed).encoder.blocks[0].cross.q.weight for seed in (0, 0, 1)]
+    assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
+    assert not torch.equal(fresh[0], net.target_encoder.encoder.blocks[0].cross.q.weight)
+
+
+# -- the documented commands, on a few toy samples ------------------------------------------------------------------------
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="session")
+def pretrained(toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    done = run("pretrain.py", "--preset", "toy", "--coco", toy / "coco", "--out", out, "--epochs", 2, "--batch_size", 16,
+               "--accumulate", 2, "--log_every", 3, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_pretrain_end_to_end(pretrained):
+    out, done = pretrained
+    assert done.stdout.startswith("pretrain: preset toy, 41 images") and '"momentum": 0.996' in done.stdout
+    assert "1 image not on disk, 1 broken image" in done.stdout and done.stderr.count("000000000040.jpg") == 1
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4] and lines[-1]["momentum"] == 1.0
+    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "wd", "momentum", "grad_norm", "target_std", "images_per_s"}
+    assert all(name in pretrain.__doc__ for name in lines[0]) and 0.3 < lines[0]["loss"] < 3
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert checkpoint["args"]["epochs"] == 2 and checkpoint["config"]["dim"] == 96 and checkpoint["step"] == 4
+    assert checkpoint["left_out"] == {"image not on disk": 1, "broken image": 1}
+
+
+def test_pretraining_is_repeatable(toy, pretrained, tmp_path):
+    out, _ = pretrained
+    for seed in (0, 1):
+        assert run("pretrain.py", "--preset", "toy", "--coco", toy / "coco", "--out", tmp_path / str(seed), "--epochs", 2,
+                   "--batch_size", 16, "--accumulate", 2, "--seed", seed, "--device", "cpu").returncode == 0
+    weights = [torch.load(o / "checkpoint.pt", weights_only=True)["model"]["context_encoder"]["blocks.0.cross.q.weight"]
+               for o in (out, tmp_path / "0", tmp_path / "1")]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_finetune_end_to_end(toy, pretrained, tmp_path):
+    done = run("finetune_mvsa.py", "--checkpoint", pretrained[0] / "checkpoint.pt", "--mvsa", toy / "mvsa", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    for kind, count in (("single", 60), ("multi", 120)):
+        found = results["sets"][kind]
+        assert found["posts"] == sum(found["labels"].values()) == count == sum(found["split_sizes"])
+        assert found["left_out"]["broken image"] == 1 and set(found["scores"]) == set(finetune_mvsa.ROWS)
+        assert all(len(scores["accuracy"]) == 3 for scores in found["scores"].values())
+    table = (tmp_path / "results.md").read_text()
+    mean = np.mean(results["sets"]["multi"]["scores"]["TI-JEPA, pretrained"]["weighted F1"])
+    assert f"{mean:.2f} ±" in table and table in done.stdout and "not the paper's" in table
+    assert all(table.count(f"| {row} |") == 2 for row in finetune_mvsa.ROWS) and table.count("*reported*") == 2
+
+
+def test_finetune_with_one_set_and_a_published_split(toy, pretrained, tmp_path):
+    posts, _ = data.load_mvsa(toy / "mvsa" / "MVSA_Single")
+    listed = [(p.id, p.label) for p in posts]
+    write_split(tmp_path / "split", {"train": listed[:40], "dev": listed[40:50], "test": listed[50:]})
+    (tmp_path / "split").rename(tmp_path / "single")
+    done = run("finetune_mvsa.py", "--checkpoint", pretrained[0] / "checkpoint.pt", "--mvsa", toy / "mvsa" / "MVSA_Single",
+               "--split", tmp_path / "single", "--out", tmp_path / "out", "--seeds", 1)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["sets"]["single"]["split_sizes"] == [40, 10, 10] and list(results["sets"]) == ["single"]
+    assert (tmp_path / "out" / "results.md").read_text().count(f"no MVSA-Multi in {toy}") == 3 * len(finetune_mvsa.ROWS)
+
+
+@pytest.mark.parametrize("command, words", [
+    (["pretrain.py", "--preset", "small", "--coco", "/nowhere"], ["/nowhere/train2017", "captions_train2017.json", "make coco"]),
+    (["finetune_mvsa.py", "--mvsa", "/nowhere"], ["/nowhere/labelResultAll.txt", "mcrlab", "kaggle"]),
+    (["data.py", "check", "--coco", "/nowhere", "--mvsa", "/nowhere"], ["/nowhere/train2017", "/nowhere/labelResultAll.txt"]),
+    (["pretrain.py", "--epoch_count", "3"], ["unrecognized arguments"]),
+    (["finetune_mvsa.py", "--mode", "x"], ["unrecognized arguments"]),
+])
+def test_what_the_user_can_mend_exits_with_2_and_says_how(command, words):
+    done = run(*command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert all(word.lower() in done.stderr.lower() for word in words)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path):
+    done = run("pretrain.py", "--coco", toy / "coco", "--out", tmp_path, "--epochs", 3, "--batch_size", 16, "--lr", "1e30",
+               "--start_lr", "1e30", "--clip", "1e30", "--device", "cpu")
+    assert done.returncode == 1 and "--lr" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune_mvsa.py"])
+def test_help_tells_each_option_and_its_default(script):
+    text = " ".join(run(script, "--help").stdout.split())
+    options = {word.strip("[],") for word in text.split() if word.startswith("--") or word.startswith("[--")} - {"--help"}
+    assert len(options) >= 8
+    assert text.count("(default:") == len(options - {"--help"})
+
+
+def test_make_lists_its_targets_and_says_what_it_would_run():
+    make = lambda *words: subprocess.run(["make", *words], cwd=HERE, capture_output=True, text=True)
+    assert {line.split()[1] for line in make().stdout.splitlines()} == {"help", "reproduce", "test", "coco", "clean"}
+    first = make("check-preset", "DEVICE=cpu").stdout
+    assert first.startswith("reproduce: preset toy, data data/toy/coco") and "NOT the paper's" in first
+    small = make("check-preset", "PRESET=small", "COCO=/a", "MVSA=/b").stdout
+    assert "preset small, data /a and /b" in small and "NOT" not in small
+    assert make("check-preset", "PRESET=huge").returncode == 2
+    assert make("check-preset", f"COCO={HERE}", f"MVSA={HERE}").stdout.startswith("reproduce: preset small")
