@@ -22,8 +22,7 @@ TOY := data/toy
 RUN_COCO := $(if $(filter toy,$(PRESET)),$(TOY)/coco,$(COCO))
 RUN_MVSA := $(if $(filter toy,$(PRESET)),$(TOY)/mvsa,$(MVSA))
 
-.NOTPARALLEL:
-.PHONY: help reproduce test coco clean check-preset packages
+.PHONY: help reproduce ablate test coco clean check-preset packages
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 18
 
@@ -33,7 +32,31 @@ ifeq ($(PRESET),toy)
 endif
 	@$(PY) data.py check --coco $(RUN_COCO) --mvsa $(RUN_MVSA)
 	@$(PY) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --device $(DEVICE) $(PRETRAIN_ARGS)
+	@$(PY) pretrain.py --eval $(OUT)/checkpoint.pt --coco $(RUN_COCO) --device $(DEVICE)
 	@$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --device $(DEVICE) $(EVAL_ARGS)
+
+# Each variant's options; a run is out/ablate/<variant>-<seed>, and one that is there is not done again.
+plain := --target ema
+image := --target image
+vicreg := --target ema --vicreg 1
+no_ema := --target ema --momentum 0 --final_momentum 0
+shuffled := --target ema --shuffle_captions
+image_shuffled := --target image --shuffle_captions
+VARIANTS := plain image vicreg no_ema shuffled image_shuffled
+RUNS := $(foreach variant,$(VARIANTS),$(foreach seed,0 1 2,out/ablate/$(variant)-$(seed)/results.json))
+
+ablate: packages ## what collapses and what does not: six variants x 3 seeds on the toy data, one table
+	@$(PY) data.py toy $(TOY)
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 $(RUNS)
+	@$(PY) finetune_mvsa.py --ablate out/ablate
+
+variant_of = $(word 1,$(subst -, ,$*))
+seed_of = $(word 2,$(subst -, ,$*))
+out/ablate/%/results.json:
+	@mkdir -p $(@D)
+	@$(PY) pretrain.py --preset toy --coco $(TOY)/coco --out $(@D) --epochs 30 --seed $(seed_of) --device $(DEVICE) $($(variant_of)) > $(@D)/log.txt 2>&1
+	@$(PY) pretrain.py --eval $(@D)/checkpoint.pt --eval_masks 2 --coco $(TOY)/coco --device $(DEVICE) 2>> $(@D)/log.txt
+	@$(PY) finetune_mvsa.py --checkpoint $(@D)/checkpoint.pt --mvsa $(TOY)/mvsa --out $(@D) --seeds $(seed_of) --device $(DEVICE) >> $(@D)/log.txt 2>&1
 
 test: packages ## run the tests, on the CPU and without network
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -q test_model.py
@@ -47,7 +70,7 @@ coco: ## fetch COCO 2017 train images (19 GB) and captions into COCO=DIR, resumi
 	done
 
 clean: ## remove the toy data and the toy results
-	@rm -rf $(TOY) out/toy
+	@rm -rf $(TOY) out/toy out/ablate
 
 # What will run, before anything is installed: the device is asked of the machine here, and said again by torch later.
 check-preset:

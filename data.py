@@ -7,6 +7,7 @@ One image-caption pair goes: COCO's json -> `CocoCaptions.items` -> `epoch_batch
 `CocoCaptions.__getitem__` decodes and preprocesses it -> `collate` -> the loop in pretrain.py.
 """
 import argparse
+import copy
 import json
 import struct
 import sys
@@ -110,6 +111,17 @@ class CocoCaptions(torch.utils.data.Dataset):
                 self.items.append((folder / name, captions[image_id]))
         if not self.items:
             raise DataError(f"no image of {folder} has a caption in {annotations}; left out: {self.left_out}")
+
+    def hold_out(self, count):
+        """Take `count` images out of this set and return them as another. Always the same ones, whatever the seed of a
+        run, so that runs compare. Raises DataError if that leaves none."""
+        if count >= len(self.items):
+            raise DataError(f"--held_out {count} leaves nothing of {len(self.items)} images to train on")
+        chosen = set(np.random.default_rng(0).permutation(len(self.items))[:count].tolist())
+        held = copy.copy(self)
+        held.items = [item for i, item in enumerate(self.items) if i in chosen]
+        self.items = [item for i, item in enumerate(self.items) if i not in chosen]
+        return held
 
     def __len__(self):
         return len(self.items)
@@ -401,7 +413,7 @@ def write_toy_mvsa(root, count, voters, rng):
     (root / "labelResultAll.txt").write_bytes("\r\n".join(lines + [""]).encode())
 
 
-def write_toy(root, images=1000, posts=1000, seed=0):
+def write_toy(root, images=1100, posts=1000, seed=0):
     """Write the toy data: `root`/coco, `root`/mvsa/MVSA_Single (`posts` kept) and MVSA_Multiple (twice as many).
 
     The same arguments give the same bytes. Does nothing if the data are there from the same arguments.
@@ -428,7 +440,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data", formatter_class=parser.formatter_class)
     toy.add_argument("dir", help="folder to make; gets coco/ and mvsa/")
-    toy.add_argument("--images", type=int, default=1000, help="pictures with captions")
+    toy.add_argument("--images", type=int, default=1100, help="pictures with captions")
     toy.add_argument("--posts", type=int, default=1000, help="posts of MVSA-Single that are kept; Multi has twice as many")
     toy.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
     check = commands.add_parser("check", help="say what data are there", formatter_class=parser.formatter_class)

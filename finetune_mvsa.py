@@ -51,23 +51,12 @@ def parse_args(argv=None):
     add("--mvsa", default="data/mvsa", help="folder with one or both MVSA sets")
     add("--out", default="out/toy", help="folder for results.md and results.json")
     add("--split", default="", help="folder with CLMLF's train.json, dev.json, test.json (empty: 8:1:1 by seed)")
-    add("--seeds", type=int, default=3, help="how many seeds: 0, 1, ...")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the splits and of the untrained weights")
+    add("--ablate", default="", metavar="DIR", help="only make a table of the runs in DIR/<variant>-<seed>, by make ablate")
     add("--batch_size", type=int, default=100, help="posts encoded at a time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--workers", type=int, default=2, help="processes that decode images")
     return parser.parse_args(argv)
-
-
-def load_model(path, device):
-    """Checkpoint of pretrain.py -> TIJEPA in eval mode. Raises DataError if it is not one."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = model.Config(**checkpoint["config"])
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
-        raise data.DataError(f"--checkpoint {path} is not a checkpoint of pretrain.py: {error!r}") from error
-    net = model.TIJEPA(config)
-    net.load_trained_state(checkpoint["model"])
-    return net.to(device).eval()
 
 
 def untrained(net, seed):
@@ -84,7 +73,7 @@ def encode_posts(net, posts, left_out, args, device):
 
     The untrained X~ has one array for each seed, under (row, seed).
     """
-    encoders = {ROWS[5]: net.target_encoder, **{(ROWS[4], seed): untrained(net, seed) for seed in range(args.seeds)}}
+    encoders = {ROWS[5]: net.target_encoder, **{(ROWS[4], seed): untrained(net, seed) for seed in args.seeds}}
     images = data.PostImages(posts, data.image_transform(net.image_encoder.data_config))
     loader = DataLoader(images, batch_size=args.batch_size, num_workers=args.workers, collate_fn=data.collate,
                         pin_memory=device.type == "cuda")
@@ -124,9 +113,9 @@ def fit_head(x, y, train, validation):
 
 
 def evaluate(features, labels, splits):
-    """{row: {metric: [score in % for each seed]}} of one set. `splits` is (train, validation, test) for each seed."""
+    """{row: {metric: [score in % for each seed]}} of one set. `splits` is {seed: (train, validation, test)}."""
     scores = {}
-    for seed, (train, validation, test) in enumerate(tqdm(splits, desc="heads")):
+    for seed, (train, validation, test) in tqdm(splits.items(), desc="heads"):
         for row in ROWS:
             if row == ROWS[0]:
                 head, c = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), labels[train]), None
@@ -148,11 +137,11 @@ def judge_set(net, folder, args, device):
     labels = np.array([post.label for post in posts])
     if args.split:
         split, notes = data.published_split(args.split, posts)
-        splits = [split] * args.seeds
+        splits = {seed: split for seed in args.seeds}
     else:
-        splits, notes = [data.stratified_split(labels, seed) for seed in range(args.seeds)], {}
+        splits, notes = {seed: data.stratified_split(labels, seed) for seed in args.seeds}, {}
     counts = {name: int((labels == i).sum()) for i, name in enumerate(data.LABELS)}
-    sizes = [len(part) for part in splits[0]]
+    sizes = [len(part) for part in splits[args.seeds[0]]]
     print(f"{NAMES[posts[0].set]}: {len(posts)} posts {counts}, left out: {left_out}; train, validation, test {sizes}"
           + (f"; split: {dict(notes)}" if notes else ""))
     return {"posts": len(posts), "labels": counts, "left_out": left_out.counts(), "split_sizes": sizes,
@@ -162,7 +151,7 @@ def judge_set(net, folder, args, device):
 def table(results, config, args):
     """The results -> Markdown: one table for each set, or a line that says why there is none."""
     lines = ["# TI-JEPA on MVSA", "", f"f_I {config.image_encoder}, f_T {config.text_encoder}, checkpoint "
-             f"{args.checkpoint}. Mean ± standard deviation in % over {args.seeds} seeds, "
+             f"{args.checkpoint}. Mean ± standard deviation in % over {len(args.seeds)} seeds, "
              + ("of the untrained weights; the split is the published one." if args.split
                 else "of the split and of the untrained weights; one pretrained checkpoint."), ""]
     if config.image_encoder == "toy":
@@ -182,13 +171,44 @@ def table(results, config, args):
     return "\n".join(lines)
 
 
+def ablation_table(folder):
+    """The runs of `make ablate` in `folder`/<variant>-<seed> -> Markdown: a row for each variant, in order of age, with
+    mean ± standard deviation over its seeds. Raises DataError if there are none."""
+    runs, baselines = {}, {}
+    for path in sorted(folder.glob("*-*/results.json"), key=lambda path: path.stat().st_mtime):
+        scores = {kind: found["scores"] for kind, found in json.loads(path.read_text())["sets"].items()}
+        judged = json.loads((path.parent / "eval.json").read_text())
+        loss = json.loads((path.parent / "log.jsonl").read_text().splitlines()[-1])["loss"]
+        probe = {row: [np.mean(scores[kind][row]["accuracy"]) for kind in NAMES] for row in ROWS}
+        figures = [loss, judged["target_std"], judged["target_rank"], judged["auc"], *probe[ROWS[5]]]
+        runs.setdefault(path.parent.name.rsplit("-", 1)[0], []).append(figures)
+        for row in (ROWS[4], ROWS[3]):
+            baselines.setdefault(row, []).append(probe[row])
+    if not runs:
+        raise data.DataError(f"--ablate {folder}: no <variant>-<seed>/results.json there; run `make ablate`")
+    digits = (3, 3, 1, 3, 1, 1)
+    cell = lambda values, n: f"{np.mean(values):.{n}f} ± {np.std(values):.{n}f}"
+    lines = ["| variant | seeds | loss | target std | effective rank | energy AUC | probe, Single | probe, Multi |",
+             "|---|---|---|---|---|---|---|---|"]
+    for name, figures in runs.items():
+        lines.append(f"| {name} | {len(figures)} | " + " | ".join(map(cell, zip(*figures), digits)) + " |")
+    for name, accuracies in baselines.items():
+        lines.append(f"| *{name}* | | | | | | " + " | ".join(map(cell, zip(*accuracies), (1, 1))) + " |")
+    return "\n".join([*lines, ""])
+
+
 def main(argv=None):
     args, start = parse_args(argv), time.time()
     try:
+        if args.ablate:
+            text = ablation_table(Path(args.ablate))
+            (Path(args.ablate) / "results.md").write_text(text, encoding="utf-8")
+            print(text)
+            return 0
         folders = data.find_mvsa(args.mvsa)  # before any model is loaded
         device, out_dir = model.choose_device(args.device), Path(args.out)
         out_dir.mkdir(parents=True, exist_ok=True)
-        net = load_model(args.checkpoint, device)
+        net = model.TIJEPA.from_checkpoint(args.checkpoint)[0].to(device)
         print(f"finetune_mvsa: {args.checkpoint}, {', '.join(str(f) for f in folders.values())}, device {device}")
         results = {kind: judge_set(net, folder, args, device) for kind, folder in sorted(folders.items(), reverse=True)}
     except (data.DataError, model.EncoderError) as error:

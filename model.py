@@ -30,6 +30,7 @@ Differs from the authors' code: squared error by default as in the paper (their 
 """
 import copy
 import math
+import pickle
 import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -62,6 +63,8 @@ class Config:
     image_weights: str = ""  # a weight file for image_encoder; empty: timm's own pretrained weights
     self_attention: bool = False  # self-attention among patches before each cross-attention
     loss: str = "mse"  # or "smooth_l1"
+    target: str = "ema"  # what is predicted: X~'s tokens (the paper), or "image": f_I's own tokens
+    vicreg: float = 0.0  # weight of the variance-covariance term on X's output
     vocabulary: list = field(default_factory=list)  # the words known to the "toy" text encoder
 
 
@@ -311,14 +314,14 @@ def sincos_2d(grid, dim):
 class Predictor(nn.Module):
     """g: I-JEPA's narrow ViT. From the context tokens and a mask token at each hidden position, predict X~ there."""
 
-    def __init__(self, grid, dim, width, depth, heads):
+    def __init__(self, grid, dim, width, depth, heads, target_dim):
         super().__init__()
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("positions", sincos_2d(grid, width)[None], persistent=False)  # [1, N, width]
         self.blocks = nn.ModuleList(Block(width, heads, True, False) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.proj = nn.Linear(width, dim)
+        self.proj = nn.Linear(width, target_dim)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         for layer, block in enumerate(self.blocks, start=1):  # I-JEPA's fix_init_weight: deeper layers start smaller
@@ -326,7 +329,7 @@ class Predictor(nn.Module):
             block.mlp[2].weight.data.div_(math.sqrt(2 * layer))
 
     def forward(self, context, masks):
-        """context [B, C, D] at masks.context, masks.target [B, M, P] -> predictions [B, M, P, D]
+        """context [B, C, D] at masks.context, masks.target [B, M, P] -> predictions [B, M, P, target_dim]
 
         Each target block is predicted on its own: it sees the context, never another block's mask tokens.
         """
@@ -339,8 +342,8 @@ class Predictor(nn.Module):
         x = torch.cat([visible, hidden.to(visible.dtype)], dim=1)  # [B * M, C + P, width]
         for block in self.blocks:
             x = block(x)
-        x = self.proj(self.norm(x[:, -P:]))  # [B * M, P, D]: the mask tokens only
-        return x.unflatten(0, (B, M))  # [B, M, P, D]
+        x = self.proj(self.norm(x[:, -P:]))  # [B * M, P, target_dim]: the mask tokens only
+        return x.unflatten(0, (B, M))  # [B, M, P, target_dim]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,10 +425,41 @@ def inside(grid, top, left, h, w):
 
 
 class Output(NamedTuple):
-    """What one forward pass gives."""
-    loss: torch.Tensor  # []: mean energy of the batch
+    """What one forward pass gives. D is X~'s width, or f_I's with `target="image"`."""
+    loss: torch.Tensor  # []: mean energy of the batch, plus the variance-covariance term if there is one
     energy: torch.Tensor  # [B]
-    target: torch.Tensor  # [B, N, D]: X~'s normalised tokens, of all patches
+    target: torch.Tensor  # [B, N, D]: the normalised targets, of all patches
+    prediction: torch.Tensor  # [B, M, P, D]
+
+
+def vicreg_term(context):
+    """VICReg's variance and covariance terms (Bardes et al. 2022, sections 4.1 and 4.2, with its 25 : 1) on X's output.
+
+    context [B, C, D] -> []: the mean over patches [B, D] should have a std of 1 in each dimension over the B pairs, and
+    no two dimensions should correlate. 0 when both hold. Needs B > 1; a small B makes it noisy.
+    """
+    z = context.float().mean(1)  # [B, D]
+    z = z - z.mean(0)
+    covariance = z.T @ z / max(1, len(z) - 1)  # [D, D]
+    variance = F.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
+    off_diagonal = covariance - torch.diag(covariance.diagonal())
+    return variance + off_diagonal.square().sum() / z.shape[1] / 25
+
+
+def sample_std(tokens):
+    """tokens [B, ..., D] -> std over the B samples at each place and dimension, then the mean of those.
+
+    A target that tells only the position, not the picture, has 0 here: collapse.
+    """
+    return tokens.float().std(dim=0, correction=0).mean().item()
+
+
+def effective_rank(features):
+    """features [B, D] -> exp of the entropy of the normalised singular values of the centred features (Roy and Vetterli
+    2007): between 1 (all on a line: dimensional collapse) and min(B - 1, D)."""
+    values = torch.linalg.svdvals((features - features.mean(0)).float())
+    share = values / values.sum().clamp_min(1e-12)
+    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum()).item()
 
 
 class TIJEPA(nn.Module):
@@ -435,6 +469,8 @@ class TIJEPA(nn.Module):
         super().__init__()
         if config.loss not in ("mse", "smooth_l1"):
             raise ValueError(f'loss must be "mse" or "smooth_l1", not "{config.loss}"')
+        if config.target not in ("ema", "image"):
+            raise ValueError(f'target must be "ema" or "image", not "{config.target}"')
         self.config = config
         self.image_encoder = ImageEncoder(config.image_encoder, config.image_weights)
         self.text_encoder = TextEncoder(config.text_encoder, config.vocabulary)
@@ -443,23 +479,34 @@ class TIJEPA(nn.Module):
                                              config.heads, config.self_attention)
         self.target_encoder = TargetEncoder(self.context_encoder)
         self.predictor = Predictor(self.grid, config.dim, config.predictor_dim, config.predictor_depth,
-                                   config.predictor_heads)
+                                   config.predictor_heads, self.image_encoder.dim if config.target == "image" else config.dim)
 
     def forward(self, images, texts, masks):
         """images [B, 3, H, W], B strings, masks (see sample_masks) -> Output. Gradients reach X and g only."""
         s_image = self.image_encoder(images)  # f_I: [B, N, D_I]
         s_text, text_mask = self.text_encoder(texts)  # f_T: [B, L, D_T], [B, L]
+        return self.compare(s_image, s_text, text_mask, masks)
+
+    def compare(self, s_image, s_text, text_mask, masks):
+        """The trained half of `forward`: what f_I and f_T said, and masks -> Output."""
         context = self.context_encoder(gather(s_image, masks.context), s_text, text_mask)  # X: [B, C, D]
         target = self.target(s_image, s_text, text_mask)  # X~: [B, N, D]
         prediction = self.predictor(context, masks)  # g: [B, M, P, D]
         energy = self.energy(prediction, target, masks)  # [B]
-        return Output(energy.mean(), energy, target)
+        loss = energy.mean()
+        if self.config.vicreg:
+            loss = loss + self.config.vicreg * vicreg_term(context)
+        return Output(loss, energy, target, prediction)
 
     @torch.no_grad()
     def target(self, s_image, s_text, text_mask):
-        """What is to be predicted: X~'s tokens of all patches, layer-normalised without affine (I-JEPA's train.py)."""
-        tokens = self.target_encoder(s_image, s_text, text_mask)  # [B, N, D]
-        return F.layer_norm(tokens.float(), tokens.shape[-1:])
+        """What is to be predicted: X~'s tokens of all patches, layer-normalised without affine (I-JEPA's train.py).
+
+        With `target="image"` f_I's own tokens instead: fixed, so they cannot collapse, and blind to the caption, so that
+        a wrong caption can only make the prediction worse.
+        """
+        tokens = s_image if self.config.target == "image" else self.target_encoder(s_image, s_text, text_mask)
+        return F.layer_norm(tokens.float(), tokens.shape[-1:])  # [B, N, D]
 
     def energy(self, prediction, target, masks):
         """Error over the hidden patches: prediction [B, M, P, D], target [B, N, D] -> [B].
@@ -484,6 +531,20 @@ class TIJEPA(nn.Module):
         xi, theta = list(self.target_encoder.parameters()), list(self.context_encoder.parameters())
         torch._foreach_mul_(xi, momentum)
         torch._foreach_add_(xi, theta, alpha=1 - momentum)
+
+    @classmethod
+    def from_checkpoint(cls, path):
+        """A file of pretrain.py -> (TIJEPA in eval mode, everything in the file). Raises EncoderError if it is not one.
+
+        `weights_only`: loading cannot run code from the file.
+        """
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            net = cls(Config(**checkpoint["config"]))
+            net.load_trained_state(checkpoint["model"])
+        except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise EncoderError(f"{path} is not a checkpoint of pretrain.py: {error!r}") from error
+        return net.eval(), checkpoint
 
     def trained_state(self):
         """State dicts of what training changes; the frozen encoders are rebuilt from the config instead."""

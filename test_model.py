@@ -410,6 +410,15 @@ def test_each_epoch_draws_every_image_once_with_one_caption(toy):
     assert len(drawn) == 41 * 5
 
 
+def test_held_out_images_are_not_trained_on(toy):
+    datasets = [data.CocoCaptions(toy / "coco") for _ in range(2)]
+    held = [dataset.hold_out(10) for dataset in datasets]
+    assert held[0].items == held[1].items and len(held[0]) == 10 and len(datasets[0]) == 31
+    assert not {path for path, _ in held[0].items} & {path for path, _ in datasets[0].items}
+    with pytest.raises(data.DataError, match="leaves nothing"):
+        datasets[0].hold_out(31)
+
+
 def test_coco_that_is_not_there_or_not_coco_is_refused(tmp_path):
     with pytest.raises(data.DataError) as error:
         data.CocoCaptions(tmp_path)
@@ -564,7 +573,7 @@ def test_accumulation_equals_the_large_batch():
         optimizer.param_groups[0]["lr"] = 0.1
         ends = np.cumsum(sizes)
         micro = [(pictures[e - n:e].double(), texts[e - n:e]) for e, n in zip(ends, sizes)]
-        loss, norm, _ = pretrain.train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), micro,
+        loss, norm = pretrain.train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), micro,
                                             sample_masks(net.grid, 7, seeded(0)), 1.0, torch.device("cpu"))
         results.append((loss.item(), norm.item(), [p.grad for p in net.parameters() if p.grad is not None]))
     (loss, norm, grads), (loss2, norm2, grads2) = results
@@ -576,15 +585,80 @@ def test_accumulation_equals_the_large_batch():
 def test_gradients_are_clipped(net, images):
     optimizer = pretrain.build_optimizer(net, torch.device("cpu"))
     step = (net, optimizer, torch.amp.GradScaler("cpu", enabled=False), [(images, TEXTS)], sample_masks(net.grid, 3, seeded(0)))
-    _, norm, _ = pretrain.train_step(*step, 1e-3, torch.device("cpu"))
+    _, norm = pretrain.train_step(*step, 1e-3, torch.device("cpu"))
     clipped = torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm()
     assert norm > 1e-2 and clipped.item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_target_std_is_over_images_not_positions():
+def test_std_and_rank_show_a_collapse():
     positions_only = torch.randn(1, 36, 8, generator=seeded(0)).expand(20, -1, -1)  # the same for every image
-    assert pretrain.target_std(positions_only) < 1e-6
-    assert pretrain.target_std(torch.randn(2000, 4, 8, generator=seeded(0))) == pytest.approx(1, abs=0.02)
+    assert model.sample_std(positions_only) < 1e-6
+    assert model.sample_std(torch.randn(2000, 4, 8, generator=seeded(0))) == pytest.approx(1, abs=0.02)
+    one_direction = torch.randn(50, 1, generator=seeded(0)) * torch.randn(1, 8, generator=seeded(1))
+    assert model.effective_rank(one_direction + 3) == pytest.approx(1, abs=0.01)
+    assert model.effective_rank(torch.cat([torch.eye(4), -torch.eye(4)])) == pytest.approx(4, abs=1e-3)  # four equal directions
+
+
+def test_vicreg_term_equals_a_plain_loop():
+    context = torch.randn(6, 5, 3, generator=seeded(0)) * torch.tensor([0.3, 1.0, 3.0])
+    z = context.mean(1).double().numpy()
+    covariance = np.cov(z, rowvar=False)
+    variance = np.mean([max(0, 1 - np.sqrt(covariance[d, d] + 1e-4)) for d in range(3)])
+    expected = variance + sum(covariance[i, j] ** 2 for i in range(3) for j in range(3) if i != j) / 3 / 25
+    assert model.vicreg_term(context).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_vicreg_term_adds_to_the_loss_and_not_to_the_energy(images):
+    outs = []
+    for weight in (0.0, 2.0):
+        torch.manual_seed(0)
+        net = model.TIJEPA(replace(CONFIG, vicreg=weight))
+        masks = sample_masks(net.grid, 3, seeded(0))
+        outs.append(net(images, TEXTS, masks))
+    s_image, text = net.image_encoder(images), net.text_encoder(TEXTS)
+    term = model.vicreg_term(net.context_encoder(model.gather(s_image, masks.context), *text))
+    assert torch.equal(outs[0].energy, outs[1].energy) and term > 0.1
+    assert (outs[1].loss - outs[0].loss).item() == pytest.approx(2 * term.item(), rel=1e-4)
+
+
+def test_image_target_is_the_frozen_encoders_and_blind_to_the_caption(images):
+    torch.manual_seed(0)
+    net = model.TIJEPA(replace(CONFIG, target="image"))  # D is 32, D_I is 96
+    masks = sample_masks(net.grid, 3, seeded(0))
+    out, other = net(images, TEXTS, masks), net(images, TEXTS[::-1], masks)
+    s_image = net.image_encoder(images)
+    expected = (s_image - s_image.mean(-1, keepdim=True)) / (s_image.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(out.target, expected, atol=1e-5) and torch.equal(out.target, other.target)
+    out.loss.backward()
+    with torch.no_grad():
+        for p in net.context_encoder.parameters():
+            p.sub_(p.grad)
+    net.update_target(0.0)
+    assert torch.equal(net(images, TEXTS, masks).target, out.target)  # training cannot move it
+    with pytest.raises(ValueError, match="target must be"):
+        model.TIJEPA(replace(CONFIG, target="text"))
+
+
+def test_judge_by_hand():
+    energies = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 0.5], [0.0, 0.0, 5.0]])
+    figures = pretrain.judge(energies)
+    assert figures["auc"] == pytest.approx((2 + 1 + 0) / 6)
+    assert figures["auc_pooled"] == pytest.approx((3 + 3 + 0) / 18)  # matched 1, 1, 5; others 2, 3, 2, .5, 0, 0
+    assert figures["recall@1"] == pytest.approx(1 / 3) and figures["recall@5"] == 1.0
+    assert figures["energy"] == pytest.approx(7 / 3) and figures["energy_wrong"] == pytest.approx(7.5 / 6)
+    flat = pretrain.judge(torch.ones(10, 10))  # an energy that says nothing must not score
+    assert flat["auc"] == flat["auc_pooled"] == 0.5 and flat["recall@1"] == flat["recall@5"] == 0
+
+
+def test_energies_do_not_depend_on_which_caption_is_the_right_one(net, images):
+    """The leak that would fake an AUC: a pair's energy must be the same wherever it stands in the matrix."""
+    pairs = pretrain.Pairs(net, images, TEXTS, torch.device("cpu"))
+    matrix = pretrain.energy_matrix(net, pairs, draws=2)
+    turned = pretrain.energy_matrix(net, pretrain.Pairs(net, images, TEXTS[1:] + TEXTS[:1], torch.device("cpu")), draws=2)
+    assert torch.allclose(turned, matrix.roll(-1, dims=1), atol=1e-6) and matrix.shape == (3, 3)
+    figures = pretrain.monitor(net, pairs)
+    again = pretrain.monitor(net.train(), pairs)
+    assert figures == again and net.training  # same masks each time
 
 
 # -- finetune_mvsa.py ---------------------------------------------------------------------------------------------------
@@ -632,18 +706,19 @@ def run(*command):
 def pretrained(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     done = run("pretrain.py", "--preset", "toy", "--coco", toy / "coco", "--out", out, "--epochs", 2, "--batch_size", 16,
-               "--accumulate", 2, "--log_every", 3, "--device", "cpu")
+               "--accumulate", 2, "--log_every", 3, "--held_out", 8, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return out, done
 
 
 def test_pretrain_end_to_end(pretrained):
     out, done = pretrained
-    assert done.stdout.startswith("pretrain: preset toy, 41 images") and '"momentum": 0.996' in done.stdout
+    assert done.stdout.startswith("pretrain: preset toy, 33 images") and '"momentum": 0.996' in done.stdout
     assert "1 image not on disk, 1 broken image" in done.stdout and done.stderr.count("000000000040.jpg") == 1
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4] and lines[-1]["momentum"] == 1.0
-    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "wd", "momentum", "grad_norm", "target_std", "images_per_s"}
+    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "wd", "momentum", "grad_norm", "images_per_s", "energy",
+                             "energy_wrong", "lower", "target_std", "prediction_std", "target_rank"}
     assert all(name in pretrain.__doc__ for name in lines[0]) and 0.3 < lines[0]["loss"] < 3
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     assert checkpoint["args"]["epochs"] == 2 and checkpoint["config"]["dim"] == 96 and checkpoint["step"] == 4
@@ -654,10 +729,36 @@ def test_pretraining_is_repeatable(toy, pretrained, tmp_path):
     out, _ = pretrained
     for seed in (0, 1):
         assert run("pretrain.py", "--preset", "toy", "--coco", toy / "coco", "--out", tmp_path / str(seed), "--epochs", 2,
-                   "--batch_size", 16, "--accumulate", 2, "--seed", seed, "--device", "cpu").returncode == 0
+                   "--batch_size", 16, "--accumulate", 2, "--seed", seed, "--held_out", 8, "--device", "cpu").returncode == 0
     weights = [torch.load(o / "checkpoint.pt", weights_only=True)["model"]["context_encoder"]["blocks.0.cross.q.weight"]
                for o in (out, tmp_path / "0", tmp_path / "1")]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained):
+    checkpoint = pretrained[0] / "checkpoint.pt"
+    done = run("pretrain.py", "--eval", checkpoint, "--coco", toy / "coco", "--eval_masks", 2, "--device", "cpu")
+    assert done.returncode == 0 and done.stdout.startswith(f"eval {checkpoint}"), done.stderr
+    figures = json.loads((pretrained[0] / "eval.json").read_text())
+    assert 7 <= figures["images"] <= 8 and figures["masks"] == 2 and 0.2 < figures["auc"] < 0.8  # 4 steps teach nothing
+    assert all(name in pretrain.__doc__.replace("recall@1, @5", "recall@1 recall@5") for name in figures if name not in ("images", "masks"))
+    image = toy / "mvsa" / "MVSA_Single" / "data" / "1.jpg"
+    typed = ["red bars blue tiles lime bands ink lines", "moss bars", "sky"]
+    done = run("pretrain.py", "--eval", checkpoint, "--image", image, "--captions", *typed, "--device", "cpu")
+    energies, captions = zip(*(line.split("  ") for line in done.stdout.splitlines()))
+    assert sorted(captions) == sorted(typed) and list(map(float, energies)) == sorted(map(float, energies))
+
+
+def test_variants_change_what_is_trained(toy, pretrained, tmp_path):
+    weights = {"plain": torch.load(pretrained[0] / "checkpoint.pt", weights_only=True)}
+    for name, options in {"shuffled": ["--shuffle_captions"], "no_ema": ["--momentum", 0, "--final_momentum", 0]}.items():
+        assert run("pretrain.py", "--preset", "toy", "--coco", toy / "coco", "--out", tmp_path / name, "--epochs", 2, "--batch_size",
+                   16, "--accumulate", 2, "--held_out", 8, "--device", "cpu", *options).returncode == 0
+        weights[name] = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+    key = "blocks.0.cross.q.weight"
+    assert len({w["model"]["context_encoder"][key].sum().item() for w in weights.values()}) == 3
+    state = weights["no_ema"]["model"]
+    assert torch.equal(state["context_encoder"][key], state["target_encoder"]["encoder." + key])
 
 
 def test_finetune_end_to_end(toy, pretrained, tmp_path):
@@ -681,11 +782,26 @@ def test_finetune_with_one_set_and_a_published_split(toy, pretrained, tmp_path):
     write_split(tmp_path / "split", {"train": listed[:40], "dev": listed[40:50], "test": listed[50:]})
     (tmp_path / "split").rename(tmp_path / "single")
     done = run("finetune_mvsa.py", "--checkpoint", pretrained[0] / "checkpoint.pt", "--mvsa", toy / "mvsa" / "MVSA_Single",
-               "--split", tmp_path / "single", "--out", tmp_path / "out", "--seeds", 1)
+               "--split", tmp_path / "single", "--out", tmp_path / "out", "--seeds", 0)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["sets"]["single"]["split_sizes"] == [40, 10, 10] and list(results["sets"]) == ["single"]
     assert (tmp_path / "out" / "results.md").read_text().count(f"no MVSA-Multi in {toy}") == 3 * len(finetune_mvsa.ROWS)
+
+
+def test_ablation_table_is_made_from_the_runs_files(tmp_path):
+    for variant, seed, auc in (("plain", 0, 0.5), ("plain", 1, 0.7), ("image", 0, 1.0)):
+        out = tmp_path / f"{variant}-{seed}"
+        out.mkdir()
+        (out / "log.jsonl").write_text('{"loss": 9}\n{"loss": 0.25}\n')
+        (out / "eval.json").write_text(json.dumps({"auc": auc, "target_std": 0.5, "target_rank": 7.0}))
+        scores = {row: {"accuracy": [60.0 + 10 * seed]} for row in finetune_mvsa.ROWS}
+        (out / "results.json").write_text(json.dumps({"sets": {"single": {"scores": scores}, "multi": {"scores": scores}}}))
+    done = run("finetune_mvsa.py", "--ablate", tmp_path)
+    assert done.returncode == 0 and (tmp_path / "results.md").read_text() in done.stdout
+    assert "| plain | 2 | 0.250 ± 0.000 | 0.500 ± 0.000 | 7.0 ± 0.0 | 0.600 ± 0.100 | 65.0 ± 5.0 | 65.0 ± 5.0 |" in done.stdout
+    assert "| image | 1 |" in done.stdout and "| *text + image concatenated* |" in done.stdout
+    assert run("finetune_mvsa.py", "--ablate", tmp_path / "none").returncode == 2
 
 
 @pytest.mark.parametrize("command, words", [
@@ -702,7 +818,7 @@ def test_what_the_user_can_mend_exits_with_2_and_says_how(command, words):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path):
-    done = run("pretrain.py", "--coco", toy / "coco", "--out", tmp_path, "--epochs", 3, "--batch_size", 16, "--lr", "1e30",
+    done = run("pretrain.py", "--coco", toy / "coco", "--out", tmp_path, "--epochs", 3, "--batch_size", 16, "--held_out", 8, "--lr", "1e30",
                "--start_lr", "1e30", "--clip", "1e30", "--device", "cpu")
     assert done.returncode == 1 and "--lr" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "checkpoint.pt").exists()
@@ -718,7 +834,7 @@ def test_help_tells_each_option_and_its_default(script):
 
 def test_make_lists_its_targets_and_says_what_it_would_run():
     make = lambda *words: subprocess.run(["make", *words], cwd=HERE, capture_output=True, text=True)
-    assert {line.split()[1] for line in make().stdout.splitlines()} == {"help", "reproduce", "test", "coco", "clean"}
+    assert {line.split()[1] for line in make().stdout.splitlines()} == {"help", "reproduce", "ablate", "test", "coco", "clean"}
     first = make("check-preset", "DEVICE=cpu").stdout
     assert first.startswith("reproduce: preset toy, data data/toy/coco") and "NOT the paper's" in first
     small = make("check-preset", "PRESET=small", "COCO=/a", "MVSA=/b").stdout
