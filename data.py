@@ -136,9 +136,10 @@ class CocoCaptions(torch.utils.data.Dataset):
 def load_tensor(path, transform):
     """Path -> [3, H, W], or None for a broken image (which `collate` then names)."""
     try:
-        return transform(read_image(path))
+        image = read_image(path)
     except BROKEN:
         return None
+    return transform(image)
 
 
 def epoch_batches(dataset, batch_size, seed, epoch):

@@ -19,6 +19,9 @@ Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a blo
     energy                   E(I, T)      [B]                error of the prediction, one number per pair
     momentum                 m            float              xi <- m xi + (1 - m) theta
 
+With `target="image"` the target is s_image itself, layer-normalised, instead of X~'s tokens; X~ is still kept, as the
+encoder that `TIJEPA.encode` uses.
+
 Does NOT include: data, training loops, image augmentation, negatives or a contrastive term, text masking (captions are
 always read whole), more than one context block, distributed training.
 
@@ -198,7 +201,8 @@ def load_text_encoder(name):
     of the encoder is missing from the checkpoint (transformers would fill it at random with only a warning)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model, info = AutoModel.from_pretrained(name, output_loading_info=True)
+        # Some checkpoints are stored in half precision, which X's float32 weights could not be multiplied with.
+        model, info = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:  # unreachable or no such folder; unknown architecture or files
         raise EncoderError(f"--text_encoder {name} cannot be loaded: {error}\nGive the folder of a downloaded model "
                            "with --text_encoder PATH") from error
@@ -457,7 +461,7 @@ def sample_std(tokens):
 def effective_rank(features):
     """features [B, D] -> exp of the entropy of the normalised singular values of the centred features (Roy and Vetterli
     2007): between 1 (all on a line: dimensional collapse) and min(B - 1, D)."""
-    values = torch.linalg.svdvals((features - features.mean(0)).float())
+    values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())
     share = values / values.sum().clamp_min(1e-12)
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum()).item()
 

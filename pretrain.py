@@ -48,7 +48,7 @@ import model
 # What differs between presets in training; the paper's three follow the authors' script (10,000 images, batch 10 x 60).
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, workers=8, log_every=10)
 PRESETS = {
-    "toy": dict(epochs=60, batch_size=64, accumulate=1, max_images=0, workers=1, log_every=100),
+    "toy": dict(epochs=40, batch_size=32, accumulate=1, max_images=0, workers=1, log_every=100),
     "tiny": dict(epochs=10, batch_size=64, accumulate=1, max_images=0, workers=2, log_every=10),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
@@ -56,10 +56,10 @@ PRESETS = {
 
 def parse_args(argv=None):
     """Two passes, so that --help shows the defaults of the preset that is named."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy")
     preset = first.parse_known_args(argv)[0].preset
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=f"Defaults shown: preset {preset}.",
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=f"Defaults shown: preset {preset}.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, config = parser.add_argument, model.PRESETS[preset]
     add("--preset", choices=PRESETS, default="toy", help="architecture and training defaults")
@@ -71,7 +71,8 @@ def parse_args(argv=None):
     add("--self_attention", action="store_true", help="self-attention among patches in each block of X")
     add("--loss", choices=("mse", "smooth_l1"), default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens (the paper) or f_I's own")
-    add("--vicreg", type=float, default=config.vicreg, help="weight of VICReg's variance-covariance term on X's output")
+    add("--vicreg", type=float, default=config.vicreg, help="weight of VICReg's variance-covariance term on X's output, "
+        "taken over each micro-batch")
     add("--shuffle_captions", action="store_true", help="control: give each image the caption of another while training")
     add("--epochs", type=int, default=None, help="passes over the images")
     add("--max_images", type=int, default=None, help="use the first so many images (0: all)")
@@ -92,7 +93,7 @@ def parse_args(argv=None):
     add("--workers", type=int, default=None, help="processes that decode images")
     add("--log_every", type=int, default=None, help="steps between log lines")
     add("--eval", default="", metavar="CHECKPOINT", help="do not train: measure this checkpoint's energies")
-    add("--eval_masks", type=int, default=4, help="with --eval: masks each energy is averaged over")
+    add("--eval_masks", type=int, default=2, help="with --eval: masks each energy is averaged over")
     add("--image", default="", help="with --eval and --captions: one image file")
     add("--captions", nargs="+", default=[], help="with --eval and --image: print their energies, lowest first")
     parser.set_defaults(**PRESETS[preset])
@@ -129,7 +130,8 @@ def build_model(args, captions):
     local = {name: str(Path(path).resolve()) if path and Path(path).exists() else path  # valid from any folder later
              for name, path in (("image_weights", args.image_weights), ("text_encoder", args.text_encoder))}
     config = replace(model.PRESETS[args.preset], image_encoder=args.image_encoder, self_attention=args.self_attention,
-                     loss=args.loss, target=args.target, vicreg=args.vicreg, vocabulary=words if args.text_encoder == "toy" else [], **local)
+                     loss=args.loss, target=args.target, vicreg=args.vicreg,
+                     vocabulary=words if args.text_encoder == "toy" else [], **local)
     torch.manual_seed(args.seed)
     return model.TIJEPA(config)
 
