@@ -27,7 +27,7 @@ from model import Masks, sample_masks
 
 HERE = Path(__file__).parent
 WORDS = "a red dog on blue grass under the sky with two cats".split()
-CONFIG = replace(model.PRESETS["toy"], dim=32, predictor_dim=32, predictor_depth=2, vocabulary=WORDS)
+CONFIG = replace(model.PRESETS["toy"], dim=32, predictor_dim=32, predictor_depth=2, target="ema", vocabulary=WORDS)
 TEXTS = ["a red dog", "blue grass under the sky with two cats on a dog", "cats"]
 
 
@@ -241,6 +241,7 @@ def test_presets_are_the_papers():
     sizes = {name: (c.dim, c.depth, c.heads, c.predictor_depth, c.predictor_dim) for name, c in model.PRESETS.items()}
     assert sizes["small"] == (768, 4, 8, 12, 384) and sizes["medium"] == (768, 6, 12, 12, 384)
     assert sizes["large"] == (1024, 8, 16, 12, 384)
+    assert all(model.PRESETS[name].target == "ema" and not model.PRESETS[name].vicreg for name in ("small", "medium", "large"))
     for name in ("tiny", "small", "large"):
         assert timm.is_model(model.PRESETS[name].image_encoder.split(".")[0])
 
