@@ -689,7 +689,7 @@ def test_scores_are_scikit_learns():
     informative = np.eye(3)[labels] + rng.normal(size=(100, 3))
     features = {row: informative for row in finetune_mvsa.ROWS[1:]}
     split = data.stratified_split(labels, 0)
-    scores = finetune_mvsa.evaluate(features, labels, [split])
+    scores = finetune_mvsa.evaluate(features, labels, {0: split})
     y = labels[split[2]]
     assert scores["majority class"]["accuracy"] == [100 * accuracy_score(y, np.zeros_like(y))] == [60.0]
     assert scores["majority class"]["weighted F1"] == [100 * f1_score(y, np.zeros_like(y), average="weighted")]
@@ -760,7 +760,9 @@ def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained
 
 def test_variants_change_what_is_trained(toy, pretrained, tmp_path):
     weights = {"plain": torch.load(pretrained[0] / "checkpoint.pt", weights_only=True)}
-    for name, options in {"shuffled": ["--shuffle_captions"], "no_ema": ["--momentum", 0, "--final_momentum", 0]}.items():
+    variants = {"shuffled": ["--shuffle_captions"],
+                "no_ema": ["--target", "ema", "--momentum", 0, "--final_momentum", 0]}
+    for name, options in variants.items():
         assert run("pretrain.py", "--coco", toy / "coco", "--out", tmp_path / name, "--epochs", 2, "--batch_size", 16,
                    "--accumulate", 2, "--held_out", 8, "--device", "cpu", *options).returncode == 0
         weights[name] = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
@@ -843,9 +845,10 @@ def test_help_tells_each_option_and_its_default(script):
 
 
 def test_make_lists_its_targets_and_says_what_it_would_run():
-    make = lambda *words: subprocess.run(["make", *words], cwd=HERE, capture_output=True, text=True)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # this may run under make
+    make = lambda *words: subprocess.run(["make", *words], cwd=HERE, env=env, capture_output=True, text=True)
     assert {line.split()[1] for line in make().stdout.splitlines()} == {"help", "reproduce", "ablate", "test", "coco", "clean"}
-    first = make("check-preset", "DEVICE=cpu").stdout
+    first = make("check-preset", "DEVICE=cpu", "COCO=/nowhere", "MVSA=/nowhere").stdout
     assert first.startswith("reproduce: preset toy, data data/toy/coco") and "NOT the paper's" in first
     small = make("check-preset", "PRESET=small", "COCO=/a", "MVSA=/b").stdout
     assert "preset small, data /a and /b" in small and "NOT" not in small
