@@ -436,6 +436,7 @@ def write_toy(root, images=1100, posts=1000, seed=0):
 
 
 def main(argv=None):
+    """The two commands of the top of this file. Returns the exit code: 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)

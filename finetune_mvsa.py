@@ -42,6 +42,7 @@ NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}
 
 
 def parse_args(argv=None):
+    """Options of the command line; --help lists them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -194,6 +195,7 @@ def ablation_table(folder):
 
 
 def main(argv=None):
+    """Returns the exit code: 0, or 2 for what the user can mend."""
     args, start = parse_args(argv), time.time()
     try:
         if args.ablate:

@@ -342,6 +342,7 @@ def evaluate(args, device):
 
 
 def main(argv=None):
+    """Returns the exit code: 0, 2 for what the user can mend, 1 for a loss that is not finite."""
     args = parse_args(argv)
     try:
         device, out_dir = model.choose_device(args.device), Path(args.out)
