@@ -14,7 +14,7 @@ MVSA := data/mvsa
 PRESET := $(if $(and $(wildcard $(COCO)),$(wildcard $(MVSA))),small,toy)
 OUT := out/$(PRESET)
 # Passed on to pretrain.py and finetune_mvsa.py: DEVICE=cpu, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, IMAGE_ENCODER=NAME,
-# EPOCHS=N, TARGET=ema|image, SPLIT=FOLDER.
+# EPOCHS=N, TARGET=ema|image, SPLIT=FOLDER, CACHE=DIR|off.
 DEVICE := auto
 PRETRAIN_ARGS := $(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(IMAGE_WEIGHTS),--image_weights $(IMAGE_WEIGHTS)) \
 	$(if $(TEXT_ENCODER),--text_encoder $(TEXT_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TARGET),--target $(TARGET))
@@ -22,6 +22,7 @@ EVAL_ARGS := $(if $(SPLIT),--split $(SPLIT))
 TOY := data/toy
 RUN_COCO := $(if $(filter toy,$(PRESET)),$(TOY)/coco,$(COCO))
 RUN_MVSA := $(if $(filter toy,$(PRESET)),$(TOY)/mvsa,$(MVSA))
+CACHE := $(if $(filter toy,$(PRESET)),$(TOY)/cache,data/cache)
 
 .PHONY: help reproduce ablate test coco clean check-preset packages
 help: ## list the targets
@@ -32,9 +33,9 @@ ifeq ($(PRESET),toy)
 	@$(PY) data.py toy $(TOY)
 endif
 	@$(PY) data.py check --coco $(RUN_COCO) --mvsa $(RUN_MVSA)
-	@$(PY) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --device $(DEVICE) $(PRETRAIN_ARGS)
+	@$(PY) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --cache $(CACHE) --device $(DEVICE) $(PRETRAIN_ARGS)
 	@$(PY) pretrain.py --eval $(OUT)/checkpoint.pt --coco $(RUN_COCO) --device $(DEVICE)
-	@$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --device $(DEVICE) $(EVAL_ARGS)
+	@$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --cache $(CACHE) --device $(DEVICE) $(EVAL_ARGS)
 
 # Each variant's options; a run is out/ablate/<variant>-<seed>, and one that is there is not done again.
 plain := --target ema
@@ -54,9 +55,9 @@ variant_of = $(word 1,$(subst -, ,$*))
 seed_of = $(word 2,$(subst -, ,$*))
 out/ablate/%/results.json:
 	@mkdir -p $(@D)
-	@$(PY) pretrain.py --preset toy --coco $(TOY)/coco --out $(@D) --epochs 30 --seed $(seed_of) --device $(DEVICE) $($(variant_of)) > $(@D)/log.txt 2>&1
+	@$(PY) pretrain.py --preset toy --coco $(TOY)/coco --out $(@D) --cache $(TOY)/cache --seed $(seed_of) --device $(DEVICE) $($(variant_of)) > $(@D)/log.txt 2>&1
 	@$(PY) pretrain.py --eval $(@D)/checkpoint.pt --coco $(TOY)/coco --device $(DEVICE) 2>> $(@D)/log.txt
-	@$(PY) finetune_mvsa.py --checkpoint $(@D)/checkpoint.pt --mvsa $(TOY)/mvsa --out $(@D) --seeds $(seed_of) --device $(DEVICE) >> $(@D)/log.txt 2>&1
+	@$(PY) finetune_mvsa.py --checkpoint $(@D)/checkpoint.pt --mvsa $(TOY)/mvsa --out $(@D) --cache $(TOY)/cache --seeds $(seed_of) --device $(DEVICE) >> $(@D)/log.txt 2>&1
 
 test: packages ## run the tests, on the CPU and without network
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -q test_model.py

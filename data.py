@@ -3,23 +3,31 @@
     python data.py toy DIR                        write the toy data: DIR/coco and DIR/mvsa, in the official layouts
     python data.py check --coco DIR --mvsa DIR    say what is there, or what is missing and where it is to be had
 
-One image-caption pair goes: COCO's json -> `CocoCaptions.items` -> `epoch_batches` draws its index and caption ->
-`CocoCaptions.__getitem__` decodes and preprocesses it -> `collate` -> the loop in pretrain.py.
+One image-caption pair goes: COCO's json -> `CocoCaptions.items` -> `feature_cache` has f_I and f_T encode it, once ->
+`epoch_batches` draws its index and caption -> `FeatureCache` reads what was encoded -> the loop in pretrain.py. With
+`--cache off`, `Pictures` decodes and preprocesses it each time it is drawn, and the loop encodes it.
 """
 import argparse
-import copy
+import errno
+import fcntl
+import hashlib
 import json
+import os
+import shutil
 import struct
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import timm.data
 import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
 COCO_HELP = "run `make coco COCO=DIR`, or download train2017.zip and annotations_trainval2017.zip from cocodataset.org"
@@ -45,9 +53,15 @@ def image_transform(data_config):
     return timm.data.create_transform(**data_config, crop_pct=1.0, crop_mode="squash")
 
 
-def read_image(path):
-    """Path -> RGB image. Raises one of BROKEN if it cannot be decoded to the last pixel."""
+def read_image(path, size=None):
+    """Path -> RGB image. Raises one of BROKEN if it cannot be decoded to the last pixel.
+
+    `size` (height, width) is what it will be scaled to: a JPEG more than twice that is decoded at a half, quarter or eighth
+    of its size, never below twice `size`, which costs a fraction and leaves the scaling enough to average over.
+    """
     with Image.open(path) as image:
+        if size:
+            image.draft(None, (2 * size[1], 2 * size[0]))  # does nothing for other formats
         return image.convert("RGB")
 
 
@@ -83,7 +97,7 @@ def coco_paths(root):
     return images, captions
 
 
-class CocoCaptions(torch.utils.data.Dataset):
+class CocoCaptions:
     """Images and their captions. `items[i]` is (path, captions), in the order of the image ids.
 
     An image that is listed but not on disk, or has no caption, is counted in `left_out`. `limit` keeps the first so many
@@ -101,7 +115,7 @@ class CocoCaptions(torch.utils.data.Dataset):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{annotations} is not a COCO caption file: {error!r}") from error
         on_disk = {path.name for path in folder.iterdir()}
-        self.items, self.left_out, self.transform = [], LeftOut(), None
+        self.items, self.left_out = [], LeftOut()
         for image_id, name in sorted(names.items()):
             if name not in on_disk:
                 self.left_out.add("image not on disk", name)
@@ -113,52 +127,246 @@ class CocoCaptions(torch.utils.data.Dataset):
             raise DataError(f"no image of {folder} has a caption in {annotations}; left out: {self.left_out}")
 
     def hold_out(self, count):
-        """Take `count` images out of this set and return them as another. Always the same ones, whatever the seed of a
-        run, so that runs compare. Raises DataError if that leaves none."""
+        """Indices of the items to train on, and of `count` others to measure on. Always the same ones, whatever the seed
+        of a run, so that runs compare. Raises DataError if that leaves nothing to train on."""
         if count >= len(self.items):
             raise DataError(f"--held_out {count} leaves nothing of {len(self.items)} images to train on")
-        chosen = set(np.random.default_rng(0).permutation(len(self.items))[:count].tolist())
-        held = copy.copy(self)
-        held.items = [item for i, item in enumerate(self.items) if i in chosen]
-        self.items = [item for i, item in enumerate(self.items) if i not in chosen]
-        return held
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, draw):
-        """(image index, caption index) -> (tensor [3, H, W] or None if it cannot be read, caption, path)"""
-        index, caption = draw
-        path, captions = self.items[index]
-        return load_tensor(path, self.transform), captions[caption], str(path)
+        order = np.random.default_rng(0).permutation(len(self.items))
+        return np.sort(order[count:]), np.sort(order[:count])
 
 
-def load_tensor(path, transform):
-    """Path -> [3, H, W], or None for a broken image (which `collate` then names)."""
-    try:
-        image = read_image(path)
-    except BROKEN:
-        return None
-    return transform(image)
-
-
-def epoch_batches(dataset, batch_size, seed, epoch):
-    """The batches of one epoch: lists of (image index, caption index). Pure function of its arguments.
+def epoch_batches(items, train, batch_size, seed, epoch):
+    """The batches of one epoch over the indices `train`: lists of draws (image, whose caption, which caption), where the
+    caption is the image's own. Pure function of its arguments.
 
     Each image comes once, in a new order, with one of its captions drawn at random. The last batch is dropped if it is
     not full, unless it is the only one.
     """
     rng = np.random.default_rng([seed, epoch])
-    draws = [(int(i), int(rng.integers(len(dataset.items[i][1])))) for i in rng.permutation(len(dataset))]
+    draws = [(int(i), int(i), int(rng.integers(len(items[i][1])))) for i in rng.permutation(train)]
     batches = [draws[start:start + batch_size] for start in range(0, len(draws), batch_size)]
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
 
 
-def collate(samples):
-    """Samples -> (images [B, 3, H, W], B captions, paths of the images that could not be read and are left out)"""
-    whole = [sample for sample in samples if sample[0] is not None]
-    images = torch.stack([sample[0] for sample in whole]) if whole else torch.empty(0)
-    return images, [sample[1] for sample in whole], [sample[2] for sample in samples if sample[0] is None]
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches: decoded each time they are drawn, or what the frozen encoders said of them, from disk. Both give the loop
+# `.features(net)` -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L] on the model's device.
+
+
+class RawBatch(NamedTuple):
+    """B pictures and B texts, still to be encoded."""
+    images: torch.Tensor  # [B, 3, H, W]
+    texts: list
+    left_out: list  # item indices of pictures that were drawn and cannot be read
+
+    @property
+    def size(self):
+        return len(self.texts)
+
+    def features(self, net):
+        return net.frozen(self.images, self.texts)
+
+
+class FeatureBatch(NamedTuple):
+    """What f_I and f_T said of B pictures and texts."""
+    s_image: torch.Tensor  # [B, N, D_I]
+    s_text: torch.Tensor  # [B, L, D_T], zeros where there is no token
+    text_mask: torch.Tensor  # [B, L] bool
+    left_out: list  # as above
+
+    @property
+    def size(self):
+        return len(self.s_image)
+
+    def features(self, net):
+        s_image, s_text, text_mask = (part.to(net.device, non_blocking=True) for part in self[:3])
+        return s_image.to(net.dtype), s_text.to(net.dtype), text_mask
+
+
+class Pictures(Dataset):
+    """items: (path, texts). A list of draws (image, whose text, which text) -> RawBatch, without the pictures that cannot
+    be read. For a DataLoader with batch_size=None: its workers make whole batches."""
+
+    def __init__(self, items, data_config):
+        self.items, self.transform, self.size = items, image_transform(data_config), data_config["input_size"]
+
+    def __getitem__(self, draws):
+        images, texts, left_out = [], [], []
+        for image, owner, text in draws:
+            try:
+                picture = read_image(self.items[image][0], self.size[1:])
+            except BROKEN:
+                left_out.append(image)
+                continue
+            images.append(self.transform(picture))
+            texts.append(self.items[owner][1][text])
+        return RawBatch(torch.stack(images) if images else torch.empty(0, *self.size), texts, left_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The feature cache: f_I and f_T are frozen and pictures are not augmented, so each is encoded once
+
+ENCODE_BATCH = 32  # fixed, so that the bytes of a cache do not depend on where its making was cut off
+ON_DISK = {"float16": np.float16, "float32": np.float32, "bfloat16": np.int16}  # numpy has no bfloat16: its bits
+
+
+class FeatureCache(Dataset):
+    """What f_I and f_T say of items, in a folder: a list of draws -> FeatureBatch, as `Pictures` gives a RawBatch.
+
+        recipe.json   what it was made from, and the indices of the images that cannot be read
+        image.bin     [I, N, D_I]     f_I's patch tokens
+        text.bin      [tokens, D_T]   f_T's token states of all texts, one text after the other
+        offsets.npy   [texts + 1]     where in text.bin each text begins
+    """
+
+    def __init__(self, folder, items, recipe):
+        stored = json.loads((folder / "recipe.json").read_text())
+        self.broken = set(stored.pop("broken"))
+        differs = [key for key in {*stored, *recipe} if stored.get(key) != recipe.get(key)]
+        if differs:
+            raise DataError(f"{folder} is not the feature cache its name says, it differs in {', '.join(sorted(differs))}; "
+                            "remove it")
+        self.folder, self.items, self.dtype = folder, items, recipe["dtype"]
+        self.image_shape, self.text_shape = recipe["image_shape"], recipe["text_shape"]
+        self.offsets = np.load(folder / "offsets.npy")
+        self.first = np.concatenate([[0], np.cumsum([len(texts) for _, texts in items])])  # of each image's texts
+
+    def array(self, name, shape):
+        """A file of the folder as a memory map, opened for each batch: pages that were read do not pile up as the
+        process's own."""
+        return np.memmap(self.folder / name, ON_DISK[self.dtype], "r", shape=tuple(shape))
+
+    def tensor(self, array):
+        tensor = torch.from_numpy(np.array(array))
+        return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
+
+    def __getitem__(self, draws):
+        whole = [draw for draw in draws if draw[0] not in self.broken]
+        s_image = self.tensor(self.array("image.bin", self.image_shape)[[image for image, _, _ in whole]])  # [B, N, D_I]
+        tokens = self.array("text.bin", self.text_shape)
+        texts = [self.first[owner] + text for _, owner, text in whole]
+        texts = [self.tensor(tokens[self.offsets[text]:self.offsets[text + 1]]) for text in texts]  # B x [L_b, D_T]
+        if not whole:
+            return FeatureBatch(s_image, s_image, s_image, [image for image, _, _ in draws])
+        s_text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)  # [B, L, D_T]
+        lengths = torch.tensor([len(text) for text in texts])
+        text_mask = torch.arange(s_text.shape[1]) < lengths[:, None]  # [B, L]
+        return FeatureBatch(s_image, s_text, text_mask, [image for image, _, _ in draws if image in self.broken])
+
+
+def cache_recipe(items, net, pictures, dtype):
+    """Everything that decides what is in a cache, and where its texts begin: (recipe, offsets [texts + 1]).
+
+    Texts count by their tokens, so another tokenizer or caption makes another cache; files by path, size and time.
+    """
+    lengths, digest = [0], hashlib.blake2b(digest_size=16)
+    texts = [text for _, texts in items for text in texts]
+    for start in range(0, len(texts), 1000):
+        for tokens in net.text_encoder.tokens(texts[start:start + 1000])["input_ids"]:
+            lengths.append(len(tokens))
+            digest.update(np.array([len(tokens), *tokens]))
+    offsets = np.cumsum(lengths)
+    files = hashlib.blake2b(digest_size=16)
+    for path, texts in items:
+        found = os.stat(path)
+        files.update(f"{path.name} {found.st_size} {found.st_mtime_ns} {len(texts)}\n".encode())
+    N = net.grid[0] * net.grid[1]
+    recipe = {"image_encoder": net.config.image_encoder, "text_encoder": net.config.text_encoder,
+              "encoder_weights": net.fingerprint(), "encoder_precision": str(net.dtype),
+              "preprocessing": f"draft to {2 * max(pictures.size)}, {pictures.transform}",
+              "files": files.hexdigest(), "texts": digest.hexdigest(), "dtype": dtype,
+              "image_shape": [len(items), N, net.image_encoder.dim],
+              "text_shape": [int(offsets[-1]), net.text_encoder.dim]}
+    return recipe, offsets
+
+
+def feature_cache(root, items, net, dtype, workers):
+    """The FeatureCache of `items` (path, texts) below `root`, made if it is not there yet. Its folder is named by a hash of
+    its recipe, so what was made of other encoders, files, texts or preprocessing is never met.
+
+    Two processes that need the same one: the second waits. Raises DataError if the disk has too little room.
+    """
+    pictures = Pictures(items, net.image_encoder.data_config)
+    recipe, offsets = cache_recipe(items, net, pictures, dtype)
+    folder = Path(root) / hashlib.blake2b(json.dumps(recipe).encode(), digest_size=8).hexdigest()
+    if not folder.is_dir():
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with open(Path(root) / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system however the process ends
+            if not folder.is_dir():
+                make_cache(folder, pictures, net, recipe, offsets, workers)
+    cache = FeatureCache(folder, items, recipe)
+    print(f"features: {folder}, {len(items)} images, {len(offsets) - 1} texts, {len(cache.broken)} broken images")
+    return cache
+
+
+def make_cache(folder, pictures, net, recipe, offsets, workers):
+    """Encode everything into `folder`.part, going on where an earlier call stopped, and rename it when whole."""
+    part, items = folder.with_suffix(".part"), pictures.items
+    images, broken, sizes = 0, [], [0, 0]  # done so far: images, those that cannot be read, bytes of the two files
+    if (part / "progress.json").is_file():
+        images, broken, sizes = json.loads((part / "progress.json").read_text())
+    itemsize = np.dtype(ON_DISK[recipe["dtype"]]).itemsize
+    needed = sum(int(np.prod(recipe[shape])) for shape in ("image_shape", "text_shape")) * itemsize + offsets.nbytes
+    free = shutil.disk_usage(folder.parent).free
+    room = f"the feature cache of {len(items)} images takes {needed / 1e9:.3g} GB in {folder.parent}"
+    full = DataError(f"{room}, where {free / 1e9:.3g} GB are free: name another folder with --cache DIR, or encode every "
+                     "time with --cache off")
+    if needed - sum(sizes) > free:
+        raise full
+    print(f"{room} ({free / 1e9:.3g} GB are free)" + (f"; going on at image {images}" if images else ""))
+    part.mkdir(exist_ok=True)
+    first = np.concatenate([[0], np.cumsum([len(texts) for _, texts in items])])
+    starts = range(images, len(items), ENCODE_BATCH)
+    chunks = [[(i, i, 0) for i in range(start, min(start + ENCODE_BATCH, len(items)))] for start in starts]
+    loader = DataLoader(pictures, batch_size=None, sampler=chunks, num_workers=workers, pin_memory=net.device.type == "cuda")
+    try:
+        with open(part / "image.bin", "ab") as image_file, open(part / "text.bin", "ab") as text_file, \
+                tqdm(total=len(items), initial=images, desc="encode", unit="image") as bar:
+            files = (image_file, text_file)
+            for file, size in zip(files, sizes):
+                file.truncate(size)
+            for chunk, batch in zip(chunks, loader):
+                whole = [i for i, _, _ in chunk if i not in batch.left_out]
+                s_image = torch.zeros(len(chunk), *recipe["image_shape"][1:], dtype=net.dtype)
+                texts = [text for i, _, _ in chunk for text in items[i][1]]
+                features, s_text, mask = net.frozen(batch.images, texts)
+                if whole:
+                    s_image[[i - chunk[0][0] for i in whole]] = features.cpu().to(net.dtype)
+                lengths = np.diff(offsets[first[chunk[0][0]]:first[chunk[-1][0] + 1] + 1])
+                assert mask.sum(1).tolist() == lengths.tolist()  # or every later text would be read from the wrong place
+                for tensor, file in ((s_image, image_file), (s_text[mask], text_file)):
+                    file.write(to_disk(tensor, recipe["dtype"]))
+                    file.flush()
+                    os.fsync(file.fileno())
+                broken += batch.left_out
+                write_whole(part / "progress.json", json.dumps([chunk[-1][0] + 1, broken, [f.tell() for f in files]]))
+                bar.update(len(chunk))
+        np.save(part / "offsets.npy", offsets)
+        write_whole(part / "recipe.json", json.dumps({**recipe, "broken": broken}, indent=1))
+    except (OSError, DataError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            raise
+        shutil.rmtree(part)  # what cannot be finished must not fill the disk
+        raise (full if isinstance(error, OSError) else error) from error
+    os.replace(part, folder)
+
+
+def to_disk(tensor, dtype):
+    """A tensor -> its bytes as `dtype`. Raises DataError for what float16 cannot hold."""
+    tensor = tensor.cpu().to(getattr(torch, dtype)).contiguous()
+    if not tensor.isfinite().all():
+        raise DataError(f"the encoders' features do not fit {dtype}; use --cache_dtype bfloat16 or float32")
+    return tensor.view(torch.uint8).numpy().tobytes()
+
+
+def write_whole(path, text):
+    """Write a file under a temporary name and rename it when it is on the disk."""
+    with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,20 +477,6 @@ def load_mvsa(folder):
         text = decode((folder / "data" / f"{post}.txt").read_bytes())
         posts.append(Post(kind, post, folder / "data" / f"{post}.jpg", text, label))
     return posts, left_out
-
-
-class PostImages(torch.utils.data.Dataset):
-    """posts[i] -> (tensor [3, H, W] or None if it cannot be read, index of the post, path); goes through `collate`."""
-
-    def __init__(self, posts, transform):
-        self.posts, self.transform = posts, transform
-
-    def __len__(self):
-        return len(self.posts)
-
-    def __getitem__(self, index):
-        path = self.posts[index].image
-        return load_tensor(path, self.transform), index, str(path)
 
 
 def stratified_split(labels, seed):

@@ -54,7 +54,9 @@ def parse_args(argv=None):
     add("--ablate", default="", metavar="DIR", help="only make a table of the runs in DIR/<variant>-<seed>, by make ablate")
     add("--batch_size", type=int, default=100, help="posts encoded at a time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--workers", type=int, default=2, help="processes that decode images")
+    add("--workers", type=int, default=2, help="processes that decode images or read the cache")
+    add("--cache", default="data/cache", metavar="DIR|off", help="where what the frozen encoders say is kept, or off")
+    add("--cache_dtype", choices=list(data.ON_DISK), default="float16", help="of the cached features")
     return parser.parse_args(argv)
 
 
@@ -67,25 +69,28 @@ def untrained(net, seed):
 
 
 @torch.no_grad()
-def encode_posts(net, posts, left_out, args, device):
+def encode_posts(net, posts, left_out, args):
     """All features of one set in one pass: ({row: [P, D] array}, posts whose image could be read).
 
     The untrained X~ has one array for each seed, under (row, seed).
     """
     encoders = {ROWS[5]: net.target_encoder, **{(ROWS[4], seed): untrained(net, seed) for seed in args.seeds}}
-    images = data.PostImages(posts, data.image_transform(net.image_encoder.data_config))
-    loader = DataLoader(images, batch_size=args.batch_size, num_workers=args.workers, collate_fn=data.collate,
-                        pin_memory=device.type == "cuda")
+    items = [(post.image, [post.text]) for post in posts]
+    source = (data.Pictures(items, net.image_encoder.data_config) if args.cache == "off" else
+              data.feature_cache(args.cache, items, net, args.cache_dtype, args.workers))
+    draws = [(i, i, 0) for i in range(len(posts))]
+    batches = [draws[start:start + args.batch_size] for start in range(0, len(draws), args.batch_size)]
+    loader = DataLoader(source, batch_size=None, sampler=batches, num_workers=args.workers,
+                        pin_memory=net.device.type == "cuda")
     features, kept = {}, []
-    for pictures, indices, broken in tqdm(loader, desc=f"encode {NAMES[posts[0].set]}"):
-        for path in broken:
-            left_out.add("broken image", path)
-        if not indices:
+    for draws, batch in zip(batches, tqdm(loader, desc=f"features of {NAMES[posts[0].set]}")):
+        for i in batch.left_out:
+            left_out.add("broken image", str(posts[i].image))
+        if not batch.size:
             continue
-        kept += [posts[i] for i in indices]
-        with model.autocast(device):
-            s_image = net.image_encoder(pictures.to(device, non_blocking=True))  # [B, N, D_I]
-            s_text, mask = net.text_encoder([posts[i].text for i in indices])  # [B, L, D_T], [B, L]
+        kept += [posts[i] for i, _, _ in draws if i not in batch.left_out]
+        s_image, s_text, mask = batch.features(net)  # [B, N, D_I], [B, L, D_T], [B, L]
+        with model.autocast(net.device):
             pooled = {name: encoder(s_image, s_text, mask).mean(1) for name, encoder in encoders.items()}  # [B, D]
         weight = mask[:, :, None]  # [B, L, 1]
         pooled[ROWS[1]] = (s_text.float() * weight).sum(1) / weight.sum(1)  # [B, D_T]: mean over tokens, not padding
@@ -127,10 +132,10 @@ def evaluate(features, labels, splits):
     return scores
 
 
-def judge_set(net, folder, args, device):
+def judge_set(net, folder, args):
     """One MVSA folder -> everything that results.json says of it. Prints the counts."""
     posts, left_out = data.load_mvsa(folder)
-    features, posts = encode_posts(net, posts, left_out, args, device)
+    features, posts = encode_posts(net, posts, left_out, args)
     labels = np.array([post.label for post in posts])
     if args.split:
         split, notes = data.published_split(args.split, posts)
@@ -208,7 +213,7 @@ def main(argv=None):
         out_dir.mkdir(parents=True, exist_ok=True)
         net = model.TIJEPA.from_checkpoint(args.checkpoint)[0].to(device)
         print(f"finetune_mvsa: {args.checkpoint}, {', '.join(str(f) for f in folders.values())}, device {device}")
-        results = {kind: judge_set(net, folder, args, device) for kind, folder in sorted(folders.items(), reverse=True)}
+        results = {kind: judge_set(net, folder, args) for kind, folder in sorted(folders.items(), reverse=True)}
     except (data.DataError, model.EncoderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -32,6 +32,7 @@ Differs from the authors' code: squared error by default as in the paper (their 
 (their scripts take `target_encoder` of the same file).
 """
 import copy
+import hashlib
 import math
 import pickle
 import sys
@@ -169,13 +170,16 @@ class TextEncoder(Frozen):
         limits = (self.tokenizer.model_max_length, getattr(self.bert.config, "max_position_embeddings", None))
         self.max_tokens = min(MAX_TEXT_TOKENS, *(limit for limit in limits if limit))
 
+    def tokens(self, texts, **options):
+        """B strings -> what the tokenizer makes of them, cut to `max_tokens`."""
+        # A tokenizer without special tokens gives "" no token at all, and attention over nothing is NaN.
+        texts = [text if text.strip() else self.tokenizer.unk_token or "." for text in texts]
+        return self.tokenizer(texts, truncation=True, max_length=self.max_tokens, return_token_type_ids=False, **options)
+
     @torch.no_grad()
     def forward(self, texts):
         """B strings -> token states [B, L, D_T] and their mask [B, L] (True: token, False: padding)."""
-        # A tokenizer without special tokens gives "" no token at all, and attention over nothing is NaN.
-        texts = [text if text.strip() else self.tokenizer.unk_token or "." for text in texts]
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt",
-                               return_token_type_ids=False).to(self.bert.device)
+        batch = self.tokens(texts, padding=True, return_tensors="pt").to(self.bert.device)
         states = self.bert(**batch).last_hidden_state
         return states, batch["attention_mask"].bool()
 
@@ -255,11 +259,12 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, text=None, text_mask=None):
-        """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D]"""
+    def forward(self, x, text=None, text_mask=None, start=0):
+        """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D]; of the tokens x[:, start:] only, if so asked: all
+        are still attended to, but what nobody reads is not computed."""
         if self.self_attn is not None:
             h = self.norm_self(x)
-            x = x + self.self_attn(h, h)
+            x = x[:, start:] + self.self_attn(h[:, start:], h)
         if self.cross is not None:
             x = x + self.cross(self.norm_cross(x), text, text_mask)
         return x + self.mlp(self.norm_mlp(x))
@@ -349,9 +354,10 @@ class Predictor(nn.Module):
         hidden = self.mask_token + gather(positions, masks.target.flatten(1))  # [B, M * P, width]
         hidden = hidden.reshape(B * M, P, -1)  # [B * M, P, width]
         x = torch.cat([visible, hidden.to(visible.dtype)], dim=1)  # [B * M, C + P, width]
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
-        x = self.proj(self.norm(x[:, -P:]))  # [B * M, P, target_dim]: the mask tokens only
+        x = self.proj(self.norm(last(x, start=-P)))  # [B * M, P, target_dim]: the mask tokens only
         return x.unflatten(0, (B, M))  # [B, M, P, target_dim]
 
 
@@ -365,7 +371,14 @@ class Masks(NamedTuple):
     target: torch.Tensor  # [B, M, P]
 
     def to(self, device):
-        return Masks(self.context.to(device), self.target.to(device))
+        return Masks(*(index.to(device, non_blocking=True) for index in self))
+
+    def part(self, start, stop):
+        """The masks of images start .. stop - 1 of the batch."""
+        return Masks(*(index[start:stop] for index in self))
+
+    def pin_memory(self):
+        return Masks(*(index.pin_memory() for index in self))
 
 
 def gather(tokens, index):
@@ -437,7 +450,7 @@ class Output(NamedTuple):
     """What one forward pass gives. D is X~'s width, or f_I's with `target="image"`."""
     loss: torch.Tensor  # []: mean energy of the batch, plus the variance-covariance term if there is one
     energy: torch.Tensor  # [B]
-    target: torch.Tensor  # [B, N, D]: the normalised targets, of all patches
+    target: torch.Tensor  # [B, M, P, D]: the normalised targets of the hidden patches
     prediction: torch.Tensor  # [B, M, P, D]
 
 
@@ -490,39 +503,57 @@ class TIJEPA(nn.Module):
         self.predictor = Predictor(self.grid, config.dim, config.predictor_dim, config.predictor_depth,
                                    config.predictor_heads, self.image_encoder.dim if config.target == "image" else config.dim)
 
-    def forward(self, images, texts, masks):
-        """images [B, 3, H, W], B strings, masks (see sample_masks) -> Output. Gradients reach X and g only."""
-        s_image = self.image_encoder(images)  # f_I: [B, N, D_I]
-        s_text, text_mask = self.text_encoder(texts)  # f_T: [B, L, D_T], [B, L]
-        return self.compare(s_image, s_text, text_mask, masks)
+    @property
+    def device(self):
+        return self.predictor.mask_token.device
 
-    def compare(self, s_image, s_text, text_mask, masks):
-        """The trained half of `forward`: what f_I and f_T said, and masks -> Output."""
+    @property
+    def dtype(self):
+        """What the device computes in (see amp_dtype): that of the features X is given."""
+        return amp_dtype(self.device)
+
+    @torch.no_grad()
+    def frozen(self, images, texts):
+        """images [B, 3, H, W], B strings -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L].
+
+        The frozen half: the same for the same pair, always, which is why data.py can keep it on disk.
+        """
+        with autocast(self.device):
+            # 64 pictures at a time: a held-out set of any size fits
+            s_image = [self.image_encoder(part.to(self.device, non_blocking=True)) for part in images.split(64)]
+            return torch.cat(s_image), *self.text_encoder(texts)
+
+    def forward(self, s_image, s_text, text_mask, masks):
+        """The trained half: what `frozen` gave, and masks (see sample_masks) -> Output. Gradients reach X and g only."""
         context = self.context_encoder(gather(s_image, masks.context), s_text, text_mask)  # X: [B, C, D]
-        target = self.target(s_image, s_text, text_mask)  # X~: [B, N, D]
+        target = self.target(s_image, s_text, text_mask, masks)  # X~: [B, M, P, D]
         prediction = self.predictor(context, masks)  # g: [B, M, P, D]
-        energy = self.energy(prediction, target, masks)  # [B]
+        energy = self.energy(prediction, target)  # [B]
         loss = energy.mean()
         if self.config.vicreg:
             loss = loss + self.config.vicreg * vicreg_term(context)
         return Output(loss, energy, target, prediction)
 
     @torch.no_grad()
-    def target(self, s_image, s_text, text_mask):
-        """What is to be predicted: X~'s tokens of all patches, layer-normalised without affine (I-JEPA's train.py).
+    def target(self, s_image, s_text, text_mask, masks):
+        """What is to be predicted: X~'s tokens at masks.target, layer-normalised without affine (I-JEPA's train.py).
 
         With `target="image"` f_I's own tokens instead: fixed, so they cannot collapse, and blind to the caption, so that
-        a wrong caption can only make the prediction worse.
+        a wrong caption can only make the prediction worse. -> [B, M, P, D]
         """
-        tokens = s_image if self.config.target == "image" else self.target_encoder(s_image, s_text, text_mask)
-        return F.layer_norm(tokens.float(), tokens.shape[-1:])  # [B, N, D]
+        hidden = masks.target.flatten(1)  # [B, M * P]
+        if self.config.target == "image":
+            tokens = gather(s_image, hidden)
+        elif self.config.self_attention:  # X~ must see all patches
+            tokens = gather(self.target_encoder(s_image, s_text, text_mask), hidden)
+        else:  # each patch reads the caption on its own: only those that are asked for are computed
+            tokens = self.target_encoder(gather(s_image, hidden), s_text, text_mask)
+        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])  # [B, M * P, D]
+        return tokens.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
 
-    def energy(self, prediction, target, masks):
-        """Error over the hidden patches: prediction [B, M, P, D], target [B, N, D] -> [B].
-
-        The mean over blocks, patches and dimensions of the squared error, or of smooth L1 if the config says so.
-        """
-        target = gather(target, masks.target.flatten(1)).view_as(prediction)  # [B, M, P, D]
+    def energy(self, prediction, target):
+        """Prediction and target [B, M, P, D] -> [B]: the mean over blocks, patches and dimensions of the squared error,
+        or of smooth L1 if the config says so."""
         error = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[self.config.loss]
         return error(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
@@ -531,7 +562,7 @@ class TIJEPA(nn.Module):
 
         For use in a model of your own. Preprocess with `data.image_transform(model.image_encoder.data_config)`.
         """
-        tokens = self.target_encoder(self.image_encoder(images), *self.text_encoder(texts))
+        tokens = self.target_encoder(*self.frozen(images, texts))
         return tokens, tokens.mean(1)
 
     @torch.no_grad()
@@ -554,6 +585,15 @@ class TIJEPA(nn.Module):
         except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise EncoderError(f"{path} is not a checkpoint of pretrain.py: {error!r}") from error
         return net.eval(), checkpoint
+
+    def fingerprint(self):
+        """A hash of the weights of f_I and f_T: the same for the same weights, wherever they were loaded from."""
+        digest = hashlib.blake2b(digest_size=16)
+        for encoder in (self.image_encoder, self.text_encoder):
+            for name, value in encoder.state_dict().items():
+                digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+                digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def trained_state(self):
         """State dicts of what training changes; the frozen encoders are rebuilt from the config instead."""

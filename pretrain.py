@@ -12,6 +12,7 @@ line of numbers per --log_every steps. Of the training:
     lr, wd, momentum the three schedules at this step
     grad_norm        norm of all gradients before clipping, of this step
     images_per_s     images trained on per second since the last line
+    data_wait        share of that time spent waiting for data
 
 and of the held-out images, with the same masks each time (these are the evidence):
 
@@ -32,7 +33,9 @@ import argparse
 import json
 import math
 import os
+import resource
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,6 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -90,8 +94,13 @@ def parse_args(argv=None):
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--seed", type=int, default=0, help="of the weights, the order, the captions and the masks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--workers", type=int, default=None, help="processes that decode images")
+    add("--workers", type=int, default=None, help="processes that decode images or read the cache")
+    add("--cache", default="data/cache", metavar="DIR|off", help="where what the frozen encoders say is kept; off: encode "
+        "every image again each time it is drawn")
+    add("--cache_dtype", choices=list(data.ON_DISK), default="float16", help="of the cached features")
+    add("--compile", action="store_true", help="torch.compile the trained half (minutes at the start; for CUDA)")
     add("--log_every", type=int, default=None, help="steps between log lines")
+    add("--bench", action="store_true", help="do not train: measure speed, with and without the cache")
     add("--eval", default="", metavar="CHECKPOINT", help="do not train: measure this checkpoint's energies")
     add("--eval_masks", type=int, default=2, help="with --eval: masks each energy is averaged over")
     add("--image", default="", help="with --eval and --captions: one image file")
@@ -143,32 +152,41 @@ def build_optimizer(net, device):
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=device.type == "cuda")
 
 
-def micro_batches(dataset, args, steps):
-    """The (image, caption) draws of every micro-batch of the run: `accumulate` of them make a step."""
+def micro_batches(items, train, args, steps):
+    """The draws of every micro-batch of the run, see data.epoch_batches: `accumulate` of them make a step."""
     epoch, done = 0, 0
     while done < steps:
-        for batch in data.epoch_batches(dataset, args.batch_size, args.seed, epoch):
+        for batch in data.epoch_batches(items, train, args.batch_size, args.seed, epoch):
             for part in np.array_split(np.array(batch), args.accumulate):
+                if args.shuffle_captions:
+                    part = np.column_stack([part[:, 0], np.roll(part[:, 1:], -1, axis=0)])
                 yield [tuple(draw) for draw in part.tolist()]
             done += 1
         epoch += 1
 
 
-def train_step(net, optimizer, scaler, micro, masks, clip, device):
-    """One optimiser step on a list of (images, captions) that together are the batch.
+def make_loader(source, train, args, steps, device):
+    """The micro-batches of `steps` steps, from data.Pictures or data.FeatureCache, read ahead by the workers."""
+    return DataLoader(source, batch_size=None, sampler=micro_batches(source.items, train, args, steps),
+                      num_workers=args.workers, pin_memory=device.type == "cuda")
+
+
+def train_step(net, trained_half, optimizer, scaler, micro, masks, clip):
+    """One optimiser step on a list of micro-batches that together are the batch. `trained_half` is net, or net compiled.
 
     Each micro-batch counts by its number of images, so the gradient is that of the whole batch at once. Returns the
     loss [] and the gradient norm [], both still on the device, so that nothing waits.
     """
     optimizer.zero_grad(set_to_none=True)
     batch, start, loss = len(masks.context), 0, 0.0
-    for images, captions in micro:
-        part = model.Masks(*(index[start:start + len(captions)] for index in masks)).to(device)
-        with model.autocast(device):
-            out = net(images.to(device, non_blocking=True), captions, part)
-        share = out.loss * len(captions) / batch
+    for part in micro:
+        features = part.features(net)  # from the cache, or f_I and f_T run here
+        part_masks = masks.part(start, start + part.size)
+        with model.autocast(net.device):
+            out = trained_half(*features, part_masks)
+        share = out.loss * part.size / batch
         scaler.scale(share).backward()
-        loss, start = loss + share.detach(), start + len(captions)
+        loss, start = loss + share.detach(), start + part.size
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     scaler.step(optimizer)
@@ -182,60 +200,80 @@ def save(path, content):
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def next_batch(loader, dataset, accumulate):
-    """The next `accumulate` micro-batches as a list of (images, captions); broken images are counted and left out."""
+def next_batch(loader, items, left_out, accumulate):
+    """The next `accumulate` micro-batches as a list, and their images; broken images are counted and left out."""
     micro = []
     for _ in range(accumulate):
-        images, captions, broken = next(loader)
-        for path in broken:
-            dataset.left_out.add("broken image", path)
-        if captions:
-            micro.append((images, captions))
+        part = next(loader)
+        for image in part.left_out:
+            left_out.add("broken image", str(items[image][0]))
+        if part.size:
+            micro.append(part)
     if not micro:
-        raise data.DataError(f"a whole batch of images cannot be read; left out: {dataset.left_out}")
-    return micro, sum(len(captions) for _, captions in micro)
+        raise data.DataError(f"a whole batch of images cannot be read; left out: {left_out}")
+    return micro, sum(part.size for part in micro)
 
 
-def train(args, dataset, pairs, net, device, out_dir):
+class Trainer:
+    """Everything one optimiser step needs, so that train and bench run the same one."""
+
+    def __init__(self, args, net, source, train, steps, left_out):
+        self.args, self.net, self.steps, self.source, self.left_out = args, net, steps, source, left_out
+        self.optimizer = build_optimizer(net, net.device)
+        self.scaler = torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
+        # Masks and captions differ in length from batch to batch: compiled once for all sizes.
+        self.trained_half = torch.compile(net, dynamic=True) if args.compile else net
+        self.loader = iter(make_loader(source, train, args, steps, net.device))
+        self.waited = 0.0  # seconds spent waiting for data
+
+    def step(self, step):
+        """Do step number `step`: -> its figures. Masks and schedules are functions of the step alone."""
+        args, steps = self.args, self.steps
+        lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
+        wd = cosine(step, steps, args.start_wd, args.final_wd)
+        momentum = linear(step, steps, args.momentum, args.final_momentum)
+        for group, decay in zip(self.optimizer.param_groups, (wd, 0.0)):
+            group["lr"], group["weight_decay"] = lr, decay
+        clock = time.perf_counter()
+        micro, images = next_batch(self.loader, self.source.items, self.left_out, args.accumulate)
+        self.waited += time.perf_counter() - clock
+        masks = step_masks(self.net, args.seed, step, images)
+        loss, norm = train_step(self.net, self.trained_half, self.optimizer, self.scaler, micro, masks, args.clip)
+        self.net.update_target(momentum)
+        return dict(loss=loss, lr=lr, wd=wd, momentum=momentum, grad_norm=norm), images
+
+
+def step_masks(net, seed, step, images):
+    """The masks of one step, on the device: drawn from the seed and the step, so that they need no state of their own."""
+    masks = model.sample_masks(net.grid, images, torch.Generator().manual_seed(seed * 2 ** 32 + step))
+    return masks.pin_memory().to(net.device) if net.device.type == "cuda" else masks
+
+
+def train(args, source, train_index, pairs, net, left_out, out_dir):
     """The loop. Raises FloatingPointError on a loss that is not finite (looked at when a line is logged)."""
-    optimizer = build_optimizer(net, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=model.amp_dtype(device) == torch.float16)
-    steps_per_epoch = len(data.epoch_batches(dataset, args.batch_size, args.seed, 0))
+    steps_per_epoch = len(data.epoch_batches(source.items, train_index, args.batch_size, args.seed, 0))
     steps, saved_epoch = args.epochs * steps_per_epoch, 0
-    loader = iter(DataLoader(dataset, batch_sampler=micro_batches(dataset, args, steps), collate_fn=data.collate,
-                             num_workers=args.workers, pin_memory=device.type == "cuda"))
-    generator = torch.Generator().manual_seed(args.seed)  # of the masks
+    trainer = Trainer(args, net, source, train_index, steps, left_out)
     net.train()
     losses, images, clock = [], 0, time.time()
     with open(out_dir / "log.jsonl", "w", encoding="utf-8") as log:
         for step in tqdm(range(steps), desc="pretrain"):
-            lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
-            wd = cosine(step, steps, args.start_wd, args.final_wd)
-            momentum = linear(step, steps, args.momentum, args.final_momentum)
-            for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
-                group["lr"], group["weight_decay"] = lr, decay
-
-            micro, batch = next_batch(loader, dataset, args.accumulate)
-            if args.shuffle_captions:
-                micro = [(pictures, captions[1:] + captions[:1]) for pictures, captions in micro]
-            masks = model.sample_masks(net.grid, batch, generator)
-            loss, norm = train_step(net, optimizer, scaler, micro, masks, args.clip, device)
-            net.update_target(momentum)
-
-            losses, images, done = [*losses, loss], images + batch, step + 1
+            figures, batch = trainer.step(step)
+            losses, images, done = [*losses, figures["loss"]], images + batch, step + 1
             if done % args.log_every and done < steps:
                 continue
-            line = dict(step=done, epoch=done / steps_per_epoch, loss=mean_loss(losses, done), lr=lr, wd=wd,
-                        momentum=momentum, grad_norm=norm.item(), images_per_s=images / (time.time() - clock),
-                        **monitor(net, pairs))
+            loss, seconds = mean_loss(losses, done), time.time() - clock
+            line = dict(step=done, epoch=done / steps_per_epoch, **{**figures, "loss": loss}, images_per_s=images / seconds,
+                        data_wait=trainer.waited / seconds, **monitor(net, pairs))
+            line["grad_norm"] = line["grad_norm"].item()
             log.write(json.dumps(line) + "\n")
             log.flush()
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
             if done // steps_per_epoch > saved_epoch:  # only here, where the losses are known to be finite
                 saved_epoch = done // steps_per_epoch
                 save(out_dir / "checkpoint.pt", {"config": asdict(net.config), "args": vars(args), "step": done,
-                                                 "model": net.trained_state(), "left_out": dataset.left_out.counts()})
-            losses, images, clock = [], 0, time.time()
+                                                 "model": net.trained_state(), "left_out": left_out.counts()})
+            losses, images, trainer.waited, clock = [], 0, 0.0, time.time()
 
 
 def mean_loss(losses, done):
@@ -254,29 +292,25 @@ def mean_loss(losses, done):
 class Pairs:
     """Held-out images and captions as f_I and f_T see them, encoded once: they are looked at many times."""
 
-    def __init__(self, net, images, captions, device):
-        with model.autocast(device):
-            parts = [net.image_encoder(part.to(device)) for part in images.split(32)]
-            self.s_image = torch.cat(parts)  # [I, N, D_I]
-            self.s_text, self.text_mask = net.text_encoder(captions)  # [T, L, D_T], [T, L]
-        self.device = device
+    def __init__(self, net, batch):
+        self.s_image, self.s_text, self.text_mask = batch.features(net)  # [I, N, D_I], [T, L, D_T], [T, L]
 
     @torch.no_grad()
     def compare(self, net, captions, masks):
         """Each image with the caption of that index: captions [I], masks of one image -> Output."""
-        same = model.Masks(*(index.expand(len(self.s_image), *index.shape[1:]) for index in masks)).to(self.device)
-        with model.autocast(self.device):
-            return net.compare(self.s_image, self.s_text[captions], self.text_mask[captions], same)
+        same = model.Masks(*(index.expand(len(self.s_image), *index.shape[1:]) for index in masks)).to(net.device)
+        with model.autocast(net.device):
+            return net(self.s_image, self.s_text[captions], self.text_mask[captions], same)
 
 
-def held_out_pairs(net, held, device):
-    """CocoCaptions of held-out images -> Pairs of each with its first caption."""
-    images, captions, broken = data.collate([held[i, 0] for i in range(len(held))])
-    for path in broken:
-        held.left_out.add("broken image", path)
-    if len(captions) < 2:
-        raise data.DataError(f"{len(captions)} held-out images can be read; a mismatched caption needs 2 (--held_out)")
-    return Pairs(net, images, captions, device)
+def held_out_pairs(net, source, held, left_out):
+    """The held-out indices of data.Pictures or data.FeatureCache -> Pairs of each image with its first caption."""
+    batch = source[[(int(i), int(i), 0) for i in held]]
+    for image in batch.left_out:
+        left_out.add("broken image", str(source.items[image][0]))
+    if batch.size < 2:
+        raise data.DataError(f"{batch.size} held-out images can be read; a mismatched caption needs 2 (--held_out)")
+    return Pairs(net, batch)
 
 
 def monitor(net, pairs):
@@ -291,7 +325,7 @@ def monitor(net, pairs):
     return dict(energy=right.energy.mean().item(), energy_wrong=wrong.mean().item(),
                 lower=(right.energy < wrong).float().mean().item(), target_std=model.sample_std(right.target),
                 prediction_std=model.sample_std(right.prediction),
-                target_rank=model.effective_rank(right.target.mean(1)))
+                target_rank=model.effective_rank(right.target.mean((1, 2))))
 
 
 def energy_matrix(net, pairs, draws):
@@ -324,21 +358,118 @@ def evaluate(args, device):
         raise data.DataError("--image and --captions go together")
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval)
     net, trained = net.to(device), checkpoint["args"]
-    transform = data.image_transform(net.image_encoder.data_config)
     if args.image:
-        image = data.load_tensor(args.image, transform)
-        if image is None:
+        batch = data.Pictures([(Path(args.image), args.captions)], net.image_encoder.data_config)[[(0, 0, 0)]]
+        if not batch.size:
             raise data.DataError(f"--image {args.image} cannot be read")
-        pairs = Pairs(net, image[None], args.captions, device)
+        pairs = Pairs(net, batch._replace(texts=args.captions))
         for energy, caption in sorted(zip(energy_matrix(net, pairs, args.eval_masks)[0].tolist(), args.captions)):
             print(f"{energy:.4f}  {caption}")
         return
-    held = data.CocoCaptions(args.coco, trained["max_images"]).hold_out(trained["held_out"])
-    held.transform = transform
-    pairs = held_out_pairs(net, held, device)
+    dataset = data.CocoCaptions(args.coco, trained["max_images"])
+    held, pictures = dataset.hold_out(trained["held_out"])[1], data.Pictures(dataset.items, net.image_encoder.data_config)
+    pairs = held_out_pairs(net, pictures, held, dataset.left_out)
     figures = {**judge(energy_matrix(net, pairs, args.eval_masks)), "masks": args.eval_masks, **monitor(net, pairs)}
     Path(args.eval).with_name("eval.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --bench: where the time goes
+
+BENCH_STEPS, BENCH_REPEATS = 20, 5
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, by data sheet
+
+
+def bench(args, dataset, train_index, net):
+    """Print what the README's section on speed explains: medians of 5 windows of 20 steps, each kind in turn."""
+    steps = BENCH_STEPS + 1  # the first of a window is not timed: workers start, the optimiser gets its state
+
+    def window(source):
+        """-> [seconds, seconds waited for data, images] of 20 steps of the loop that `train` runs."""
+        trainer, images = Trainer(args, net, source, train_index, steps, dataset.left_out), 0
+        trainer.step(0)
+        trainer.waited, clock = 0.0, now(net.device)
+        for step in range(1, steps):
+            images += trainer.step(step)[1]
+        return now(net.device) - clock, trainer.waited, images
+
+    def resident_window():
+        """The same steps with batches and masks already on the device: only forward, backward and the optimiser."""
+        clock = now(net.device)
+        for micro, masks in batches:
+            train_step(net, trainer.trained_half, trainer.optimizer, trainer.scaler, micro, masks, args.clip)
+        return now(net.device) - clock
+
+    with tempfile.TemporaryDirectory(dir=make_folder("." if args.cache == "off" else args.cache)) as folder:
+        clock = now(net.device)
+        cached = data.feature_cache(folder, dataset.items, net, args.cache_dtype, args.workers)
+        encode = now(net.device) - clock
+        raw = data.Pictures(dataset.items, net.image_encoder.data_config)
+        net.train()
+        trainer, batches = Trainer(args, net, cached, train_index, steps, dataset.left_out), []
+        trainer.step(0)
+        for step in range(1, steps):
+            micro, images = next_batch(trainer.loader, cached.items, dataset.left_out, args.accumulate)
+            micro = [data.FeatureBatch(*part.features(net), part.left_out) for part in micro]
+            batches.append((micro, step_masks(net, args.seed, step, images)))
+        runs = [(*window(cached), *window(raw), resident_window()) for _ in tqdm(range(BENCH_REPEATS), desc="bench")]
+        seconds, waited, images, raw_seconds, raw_waited, raw_images, resident = np.median(runs, axis=0)
+        frozen, trained = count_flops(net, raw[[(int(i), int(i), 0) for i in train_index[:8]]], batches)
+    speed, raw_speed = images / seconds, raw_images / raw_seconds
+    report = {
+        "encode, images/s": len(dataset.items) / encode,
+        "cached, images/s": speed, "cached, ms per step": 1000 * seconds / BENCH_STEPS,
+        "cached, waiting for data, %": 100 * waited / seconds,
+        "cached, outside forward, backward and optimiser, %": 100 * (1 - resident / seconds),
+        "uncached, images/s": raw_speed, "uncached, ms per step": 1000 * raw_seconds / BENCH_STEPS,
+        "uncached, waiting for data, %": 100 * raw_waited / raw_seconds,
+        "ratio cached / uncached": speed / raw_speed, "ratio that the FLOPs promise": (frozen + trained) / trained,
+        "frozen, GFLOP per image": frozen / 1e9, "trained, GFLOP per image": trained / 1e9,
+        "parameters trained, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
+        "peak memory, GB": peak_memory(net.device) / 1e9}
+    if net.device.type == "cuda":
+        name = torch.cuda.get_device_name(net.device)
+        peak = [flops for part, flops in PEAK_FLOPS.items() if part in name]
+        report[f"cached, MFU on {name}, %"] = 100 * speed * trained / peak[0] if peak else float("nan")
+    for name, value in report.items():
+        print(f"{name:52}{value:10.4g}")
+
+
+def now(device):
+    """The clock, in seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def make_folder(path):
+    """Make a folder if it is not there, and return it."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def count_flops(net, batch, batches):
+    """FLOPs per image (2 for a multiply and add, matrix products only): of f_I and f_T on `batch`, and of forward and
+    backward of what is trained on `batches`, a list of (micro-batches, masks)."""
+    with FlopCounterMode(display=False) as counter:
+        batch.features(net)
+    frozen, images = counter.get_total_flops() / batch.size, sum(len(masks.context) for _, masks in batches)
+    with FlopCounterMode(display=False) as counter:
+        for micro, masks in batches:
+            start = 0
+            for part in micro:
+                part_masks = masks.part(start, start + part.size)
+                net(*part[:3], part_masks).loss.backward()
+                start += part.size
+    return frozen, counter.get_total_flops() / images
+
+
+def peak_memory(device):
+    """Bytes: of the device on CUDA, of this process elsewhere (ru_maxrss is in KiB, on macOS in bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(argv=None):
@@ -350,17 +481,24 @@ def main(argv=None):
             evaluate(args, device)
             return 0
         dataset = data.CocoCaptions(args.coco, args.max_images)  # before any model: missing data must not cost a download
-        held = dataset.hold_out(args.held_out)
+        train_index, held = dataset.hold_out(args.held_out)
         out_dir.mkdir(parents=True, exist_ok=True)
-        print(f"pretrain: preset {args.preset}, {len(dataset)} images of {args.coco} to train on, {len(held)} held out "
+        print(f"pretrain: preset {args.preset}, {len(train_index)} images of {args.coco} to train on, {len(held)} held out "
               f"(left out: {dataset.left_out}), device {device}, {model.amp_dtype(device)}")
-        net = build_model(args, [caption for _, captions in dataset.items + held.items for caption in captions]).to(device)
-        dataset.transform = held.transform = data.image_transform(net.image_encoder.data_config)
+        net = build_model(args, [caption for _, captions in dataset.items for caption in captions]).to(device)
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         frozen = sum(p.numel() for part in (net.image_encoder, net.text_encoder) for p in part.parameters())
         print(json.dumps({"args": vars(args), "model": asdict(replace(net.config, vocabulary=[])),
                           "patch_grid": net.grid, "parameters": {"trained": trained, "frozen": frozen}}, indent=1))
-        train(args, dataset, held_out_pairs(net, held, device), net, device, out_dir)
+        if args.bench:
+            bench(args, dataset, train_index, net)
+            return 0
+        if args.cache == "off":
+            source = data.Pictures(dataset.items, net.image_encoder.data_config)
+        else:
+            source = data.feature_cache(args.cache, dataset.items, net, args.cache_dtype, args.workers)
+        pairs = held_out_pairs(net, source, held, dataset.left_out)
+        train(args, source, train_index, pairs, net, dataset.left_out, out_dir)
     except (data.DataError, model.EncoderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -134,7 +134,7 @@ def test_target_and_frozen_encoders_stay_in_eval_mode(net):
 
 def test_gradients_reach_context_encoder_and_predictor_only(net, images):
     net.train()
-    net(images, TEXTS, sample_masks(net.grid, 3, seeded(0))).loss.backward()
+    net(*net.frozen(images, TEXTS), sample_masks(net.grid, 3, seeded(0))).loss.backward()
     for name, p in net.named_parameters():
         if name.startswith(("context_encoder", "predictor")):
             assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -150,18 +150,18 @@ def test_padding_does_not_change_a_caption(images, self_attention):
         for x, x_target in zip(net.context_encoder.blocks, net.target_encoder.encoder.blocks):
             x_target.cross.proj.weight.copy_(x.cross.proj.weight.mul_(100))
     masks = sample_masks(net.grid, 3, seeded(0))
-    together = net(images, TEXTS, masks)
+    together = net(*net.frozen(images, TEXTS), masks)
     for i, text in enumerate(TEXTS):
-        alone = net(images[i:i + 1], [text], Masks(masks.context[i:i + 1], masks.target[i:i + 1]))
+        alone = net(*net.frozen(images[i:i + 1], [text]), Masks(masks.context[i:i + 1], masks.target[i:i + 1]))
         assert torch.allclose(alone.energy[0], together.energy[i], rtol=1e-5)
         assert torch.allclose(alone.target[0], together.target[i], atol=1e-4)
-    changed = net(images, [TEXTS[1], TEXTS[1], TEXTS[2]], masks)  # the caption itself does change it
+    changed = net(*net.frozen(images, [TEXTS[1], TEXTS[1], TEXTS[2]]), masks)  # the caption itself does change it
     assert (changed.energy[0] - together.energy[0]).abs() > 3e-4  # 30 times the tolerance above
     assert (changed.target[0] - together.target[0]).abs().max() > 0.1
 
 
 def test_an_empty_caption_has_a_finite_energy(net, images):
-    out = net(images, ["", "  ", "cats"], sample_masks(net.grid, 3, seeded(0)))
+    out = net(*net.frozen(images, ["", "  ", "cats"]), sample_masks(net.grid, 3, seeded(0)))
     assert out.energy.isfinite().all() and torch.equal(*(net.encode(images[:1], [t])[0] for t in ("", "  ")))
 
 
@@ -183,6 +183,34 @@ def test_each_target_block_is_predicted_on_its_own(net, images):
     assert torch.allclose(net.predictor(context, masks)[:, 2], alone[:, 0], atol=1e-5)
 
 
+def test_skipping_what_nobody_reads_changes_nothing(images):
+    """The predictor's last block is computed for the mask tokens only, X~ for the hidden patches only."""
+    for self_attention in (False, True):
+        torch.manual_seed(0)
+        net = model.TIJEPA(replace(CONFIG, self_attention=self_attention))
+        features, masks = net.frozen(images, TEXTS), sample_masks(net.grid, 3, seeded(0))
+        out, (B, M, P) = net(*features, masks), masks.target.shape
+        everywhere = F.layer_norm(net.target_encoder(*features), (32,))  # [B, N, D]
+        assert torch.allclose(out.target, model.gather(everywhere, masks.target.flatten(1)).unflatten(1, (M, P)), atol=1e-5)
+        g, context = net.predictor, net.context_encoder(model.gather(features[0], masks.context), *features[1:])
+        visible = g.embed(context) + g.positions[0, masks.context]
+        for m in range(M):
+            x = torch.cat([visible, g.mask_token + g.positions[0, masks.target[:, m]]], dim=1)
+            for block in g.blocks:
+                x = block(x)
+            assert torch.allclose(g.proj(g.norm(x))[:, -P:], out.prediction[:, m], atol=1e-5)
+
+
+def test_the_caption_reaches_the_prediction_before_any_training():
+    """With I-JEPA's init of std 0.02 these widths took thousands of steps to hear the caption."""
+    torch.manual_seed(0)
+    net = model.TIJEPA(replace(model.PRESETS["toy"], vocabulary=WORDS))
+    pictures, masks = torch.randn(3, 3, 48, 48, generator=seeded(1)), sample_masks((6, 6), 3, seeded(0))
+    said, other = (net(*net.frozen(pictures, texts), masks).prediction for texts in (TEXTS, TEXTS[::-1]))
+    assert (said - other)[0].abs().mean() > 0.05 * said[0].std()  # 0.003 with std 0.02
+    assert net.context_encoder.blocks[0].cross.q.weight.std().item() == pytest.approx((2 / 192) ** 0.5, rel=0.03)
+
+
 def test_predictor_positions_tell_the_patches_apart(net):
     positions = model.sincos_2d((6, 6), 32)
     assert len({tuple(p.tolist()) for p in positions}) == 36
@@ -198,7 +226,7 @@ def test_energy_equals_a_plain_loop(images, loss):
         for p in net.target_encoder.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=seeded(3)))
     masks = sample_masks(net.grid, 3, seeded(0))
-    out = net(images, TEXTS, masks)
+    out = net(*net.frozen(images, TEXTS), masks)
     s_image, (s_text, text_mask) = net.image_encoder(images), net.text_encoder(TEXTS)
     for b in range(3):
         target = net.target_encoder.encoder(s_image[b:b + 1], s_text[b:b + 1], text_mask[b:b + 1])[0]
@@ -385,13 +413,15 @@ def test_toy_data_are_the_same_bytes_for_the_same_seed(toy, tmp_path):
 
 def test_toy_coco_goes_through_the_loader(toy, capsys):
     dataset = data.CocoCaptions(toy / "coco")
-    assert len(dataset) == 41 and dataset.left_out.counts() == {"image not on disk": 1}
+    assert len(dataset.items) == 41 and dataset.left_out.counts() == {"image not on disk": 1}
     assert all(len(captions) == 5 for _, captions in dataset.items)
-    dataset.transform = data.image_transform(model.ImageEncoder("toy").data_config)
-    images, captions, broken = data.collate([dataset[i, 0] for i in range(41)])
-    assert images.shape == (40, 3, 48, 48) and len(captions) == 40 and [Path(p).name for p in broken] == ["000000000040.jpg"]
-    dataset.left_out.add("broken image", broken[0])
-    dataset.left_out.add("broken image", broken[0])
+    pictures = data.Pictures(dataset.items, model.ImageEncoder("toy").data_config)
+    batch = pictures[[(i, (i + 1) % 41, 2) for i in range(41)]]
+    assert batch.images.shape == (40, 3, 48, 48) and batch.left_out == [40] and batch.size == 40
+    assert batch.texts == [dataset.items[i + 1][1][2] for i in range(40)]
+    broken = dataset.items[40][0].name
+    dataset.left_out.add("broken image", broken)
+    dataset.left_out.add("broken image", broken)
     assert capsys.readouterr().err.count("000000000040.jpg") == 1 and dataset.left_out.counts()["broken image"] == 1
 
 
@@ -407,22 +437,21 @@ def test_preprocessing_is_the_encoders(tmp_path):
 
 
 def test_each_epoch_draws_every_image_once_with_one_caption(toy):
-    dataset = data.CocoCaptions(toy / "coco")
-    first, again, second = (data.epoch_batches(dataset, 10, 0, epoch) for epoch in (0, 0, 1))
+    items, train = data.CocoCaptions(toy / "coco").items, np.arange(1, 41)
+    first, again, second = (data.epoch_batches(items, train, 10, 0, epoch) for epoch in (0, 0, 1))
     assert first == again and first != second and [len(batch) for batch in first] == [10] * 4
-    draws = [draw for batch in data.epoch_batches(dataset, 100, 0, 0) for draw in batch]  # a batch above the set: all
-    assert sorted(i for i, _ in draws) == list(range(41))
-    drawn = {(i, c) for epoch in range(60) for batch in data.epoch_batches(dataset, 41, 0, epoch) for i, c in batch}
-    assert len(drawn) == 41 * 5
+    draws = [draw for batch in data.epoch_batches(items, train, 100, 0, 0) for draw in batch]  # a batch above the set: all
+    assert sorted(i for i, _, _ in draws) == list(range(1, 41)) and all(i == owner for i, owner, _ in draws)
+    drawn = {draw for epoch in range(60) for batch in data.epoch_batches(items, train, 40, 0, epoch) for draw in batch}
+    assert len(drawn) == 40 * 5
 
 
 def test_held_out_images_are_not_trained_on(toy):
-    datasets = [data.CocoCaptions(toy / "coco") for _ in range(2)]
-    held = [dataset.hold_out(10) for dataset in datasets]
-    assert held[0].items == held[1].items and len(held[0]) == 10 and len(datasets[0]) == 31
-    assert not {path for path, _ in held[0].items} & {path for path, _ in datasets[0].items}
+    splits = [data.CocoCaptions(toy / "coco").hold_out(10) for _ in range(2)]
+    assert all(np.array_equal(a, b) for a, b in zip(*splits)) and len(splits[0][1]) == 10
+    assert sorted(np.concatenate(splits[0])) == list(range(41))
     with pytest.raises(data.DataError, match="leaves nothing"):
-        datasets[0].hold_out(31)
+        data.CocoCaptions(toy / "coco").hold_out(41)
 
 
 def test_coco_that_is_not_there_or_not_coco_is_refused(tmp_path):
@@ -580,9 +609,9 @@ def test_accumulation_equals_the_large_batch():
         optimizer = pretrain.build_optimizer(net, torch.device("cpu"))
         optimizer.param_groups[0]["lr"] = 0.1
         ends = np.cumsum(sizes)
-        micro = [(pictures[e - n:e].double(), texts[e - n:e]) for e, n in zip(ends, sizes)]
-        loss, norm = pretrain.train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), micro,
-                                            sample_masks(net.grid, 7, seeded(0)), 1.0, torch.device("cpu"))
+        micro = [data.RawBatch(pictures[e - n:e].double(), texts[e - n:e], []) for e, n in zip(ends, sizes)]
+        loss, norm = pretrain.train_step(net, net, optimizer, torch.amp.GradScaler("cpu", enabled=False), micro,
+                                         sample_masks(net.grid, 7, seeded(0)), 1.0)
         results.append((loss.item(), norm.item(), [p.grad for p in net.parameters() if p.grad is not None]))
     (loss, norm, grads), (loss2, norm2, grads2) = results
     # the error itself is taken in float32 (as under autocast), so equality is to float32's rounding
@@ -592,8 +621,9 @@ def test_accumulation_equals_the_large_batch():
 
 def test_gradients_are_clipped(net, images):
     optimizer = pretrain.build_optimizer(net, torch.device("cpu"))
-    _, norm = pretrain.train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), [(images, TEXTS)],
-                                  sample_masks(net.grid, 3, seeded(0)), 1e-3, torch.device("cpu"))
+    batch = data.RawBatch(images, TEXTS, [])
+    _, norm = pretrain.train_step(net, net, optimizer, torch.amp.GradScaler("cpu", enabled=False), [batch],
+                                  sample_masks(net.grid, 3, seeded(0)), 1e-3)
     clipped = torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm()
     assert norm > 1e-2 and clipped.item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -622,7 +652,7 @@ def test_vicreg_term_adds_to_the_loss_and_not_to_the_energy(images):
         torch.manual_seed(0)
         net = model.TIJEPA(replace(CONFIG, vicreg=weight))
         masks = sample_masks(net.grid, 3, seeded(0))
-        outs.append(net(images, TEXTS, masks))
+        outs.append(net(*net.frozen(images, TEXTS), masks))
     s_image, text = net.image_encoder(images), net.text_encoder(TEXTS)
     term = model.vicreg_term(net.context_encoder(model.gather(s_image, masks.context), *text))
     assert torch.equal(outs[0].energy, outs[1].energy) and term > 0.1
@@ -633,16 +663,17 @@ def test_image_target_is_the_frozen_encoders_and_blind_to_the_caption(images):
     torch.manual_seed(0)
     net = model.TIJEPA(replace(CONFIG, target="image"))  # D is 32, D_I is 96
     masks = sample_masks(net.grid, 3, seeded(0))
-    out, other = net(images, TEXTS, masks), net(images, TEXTS[::-1], masks)
+    out, other = net(*net.frozen(images, TEXTS), masks), net(*net.frozen(images, TEXTS[::-1]), masks)
     s_image = net.image_encoder(images)
     expected = (s_image - s_image.mean(-1, keepdim=True)) / (s_image.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    expected = torch.stack([expected[b, masks.target[b]] for b in range(3)])  # [B, M, P, D_I]
     assert torch.allclose(out.target, expected, atol=1e-5) and torch.equal(out.target, other.target)
     out.loss.backward()
     with torch.no_grad():
         for p in net.context_encoder.parameters():
             p.sub_(p.grad)
     net.update_target(0.0)
-    assert torch.equal(net(images, TEXTS, masks).target, out.target)  # training cannot move it
+    assert torch.equal(net(*net.frozen(images, TEXTS), masks).target, out.target)  # training cannot move it
     with pytest.raises(ValueError, match="target must be"):
         model.TIJEPA(replace(CONFIG, target="text"))
 
@@ -660,13 +691,147 @@ def test_judge_by_hand():
 
 def test_energies_do_not_depend_on_which_caption_is_the_right_one(net, images):
     """The leak that would fake an AUC: a pair's energy must be the same wherever it stands in the matrix."""
-    pairs = pretrain.Pairs(net, images, TEXTS, torch.device("cpu"))
+    pairs = pretrain.Pairs(net, data.RawBatch(images, TEXTS, []))
     matrix = pretrain.energy_matrix(net, pairs, draws=2)
-    turned = pretrain.energy_matrix(net, pretrain.Pairs(net, images, TEXTS[1:] + TEXTS[:1], torch.device("cpu")), draws=2)
+    turned = pretrain.Pairs(net, data.RawBatch(images, TEXTS[1:] + TEXTS[:1], []))
+    turned = pretrain.energy_matrix(net, turned, draws=2)
     assert torch.allclose(turned, matrix.roll(-1, dims=1), atol=1e-6) and matrix.shape == (3, 3)
     figures = pretrain.monitor(net, pairs)
     again = pretrain.monitor(net.train(), pairs)
     assert figures == again and net.training  # same masks each time
+
+
+# -- the feature cache --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A toy model and 41 items of the toy data that it can encode."""
+    torch.manual_seed(0)
+    return model.TIJEPA(replace(CONFIG, vocabulary=sorted({word for _, words, in data.COLOURS for word in words})))
+
+
+def make(root, items, net, dtype="float32"):
+    return data.feature_cache(root, items, net, dtype, 0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("float16", 3e-3), ("bfloat16", 3e-2)])
+def test_cached_features_are_those_encoded_on_the_fly(toy, small, tmp_path, dtype, tolerance):
+    items = data.CocoCaptions(toy / "coco").items
+    draws = [(40, 40, 0), *((i, (i + 3) % 40, i % 5) for i in range(39, 0, -2))]  # the first is broken
+    cached = make(tmp_path, items, small, dtype)[draws]
+    fresh = data.Pictures(items, small.image_encoder.data_config)[draws]
+    assert cached.left_out == fresh.left_out == [40] and cached.size == fresh.size == 20
+    (s_image, s_text, mask), (expected, text, text_mask) = cached.features(small), fresh.features(small)
+    assert s_image.dtype == torch.float32 and torch.equal(mask, text_mask)
+    assert torch.allclose(s_image, expected, atol=tolerance)
+    assert torch.allclose(s_text[mask], text[mask], atol=tolerance) and (s_text[~mask] == 0).all()
+    masks = sample_masks(small.grid, 20, seeded(0))
+    energies = [small(*batch.features(small), masks).energy for batch in (cached, fresh)]
+    assert torch.allclose(*energies, rtol=10 * tolerance)
+
+
+def test_all_of_a_batch_may_be_broken(toy, small, tmp_path):
+    items = data.CocoCaptions(toy / "coco").items[-1:] * 3  # a cache of nothing but broken images
+    for source in (make(tmp_path, items, small), data.Pictures(items, small.image_encoder.data_config)):
+        batch = source[[(0, 0, 0), (2, 2, 1)]]
+        assert batch.size == 0 and batch.left_out == [0, 2]
+
+
+def test_another_recipe_never_meets_an_old_cache(toy, small, tmp_path):
+    items, folders = [(tmp_path / path.name, texts) for path, texts in data.CocoCaptions(toy / "coco").items[:4]], []
+    for path, _ in items:
+        (tmp_path / path.name).write_bytes((toy / "coco" / "train2017" / path.name).read_bytes())
+
+    def folder(items=items, net=small, dtype="float32"):
+        return make(tmp_path / "cache", items, net, dtype).folder
+
+    first = folder()
+    assert folder() == first and len(list((tmp_path / "cache").iterdir())) == 2  # one folder and .lock
+    other = model.TIJEPA(small.config)
+    with torch.no_grad():
+        other.image_encoder.vit.blocks[0].mlp.fc1.bias[0] += 1e-3
+    words = model.TIJEPA(replace(small.config, vocabulary=small.config.vocabulary[::-1]))  # another tokenizer
+    squeezed = model.TIJEPA(small.config)
+    squeezed.image_encoder.data_config["mean"] = (0.1, 0.2, 0.3)
+    texts = [(path, ["red " + texts[0], *texts[1:]]) for path, texts in items]
+    folders = [first, folder(net=other), folder(net=words), folder(net=squeezed), folder(dtype="float16"), folder(texts),
+               folder(items[:3]), folder(items[::-1])]
+    Image.open(items[0][0]).rotate(90).save(items[0][0])  # the same name, another picture
+    folders.append(folder())
+    assert len(set(folders)) == len(folders)
+    stored = json.loads((first / "recipe.json").read_text())
+    (folders[-1] / "recipe.json").write_text(json.dumps(stored))  # a folder that is not what its name says
+    with pytest.raises(data.DataError, match="differs in files"):
+        folder()
+
+
+def test_an_interrupted_encode_goes_on_to_the_same_bytes(toy, small, tmp_path, monkeypatch, capsys):
+    items = data.CocoCaptions(toy / "coco").items
+    monkeypatch.setattr(data, "ENCODE_BATCH", 8)
+    whole, calls, frozen = make(tmp_path / "whole", items, small).folder, [], small.frozen
+
+    def interrupted(*batch):
+        calls.append(len(batch[0]))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return frozen(*batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(small, "frozen", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "cut", items, small)
+        part, = (tmp_path / "cut").glob("*.part")
+        with open(part / "image.bin", "ab") as file:  # and the last write was torn
+            file.write(b"torn")
+        calls[:] = [0] * 10
+        resumed = make(tmp_path / "cut", items, small).folder
+    assert len(calls) == 10 + 3 and "going on at image 24" in capsys.readouterr().out  # 6 chunks, 3 of them before
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in resumed.iterdir()) and "image.bin" in names
+    assert all((whole / name).read_bytes() == (resumed / name).read_bytes() for name in names)
+
+
+def test_a_full_disk_is_said_before_and_cleaned_after(toy, small, tmp_path, monkeypatch):
+    items = data.CocoCaptions(toy / "coco").items
+    needed = sum(path.stat().st_size for path in make(tmp_path / "whole", items, small).folder.glob("*.*y")) + sum(
+        (next((tmp_path / "whole").glob("*/")) / name).stat().st_size for name in ("image.bin", "text.bin"))
+    for free in (needed - 200, needed + 200):  # offsets.npy has a header of 128 bytes
+        monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+        if free < needed:
+            with pytest.raises(data.DataError, match=r"takes .* GB in .*--cache off"):
+                make(tmp_path / "full", items, small)
+            assert [path.name for path in (tmp_path / "full").iterdir()] == [".lock"]
+        else:
+            make(tmp_path / "full", items, small)
+
+    def no_space(descriptor):
+        raise OSError(data.errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.os, "fsync", no_space)  # another process filled it meanwhile
+    with pytest.raises(data.DataError, match="--cache off"):
+        make(tmp_path / "filled", items, small)
+    assert [path.name for path in (tmp_path / "filled").iterdir()] == [".lock"]
+
+
+def test_features_that_float16_cannot_hold_are_refused(toy, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "frozen", lambda *batch, f=small.frozen: (f(*batch)[0] * 1e6, *f(*batch)[1:]))
+    items = data.CocoCaptions(toy / "coco").items
+    with pytest.raises(data.DataError, match="--cache_dtype bfloat16"):
+        make(tmp_path, items, small, "float16")
+    assert make(tmp_path, items, small, "bfloat16")[[(0, 0, 0)]].s_image.isfinite().all()
+
+
+def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
+    y, x = np.mgrid[:1200, :1600]
+    smooth = np.stack([x / 1600, y / 1200, np.sin(x / 150) / 2 + 0.5], axis=-1) * 255
+    Image.fromarray(smooth.astype(np.uint8)).save(tmp_path / "large.jpg", quality=95)
+    config = dict(input_size=(3, 64, 64), interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    whole, drafted = data.read_image(tmp_path / "large.jpg"), data.read_image(tmp_path / "large.jpg", (64, 64))
+    assert whole.size == (1600, 1200) and 128 <= min(drafted.size) < 300
+    a, b = (data.image_transform(config)(image) for image in (whole, drafted))
+    assert (a - b).abs().max() < 0.05 and a.std() > 0.3
+    assert data.read_image(tmp_path / "large.jpg", (448, 448)).size == (1600, 1200)  # not twice as large: as it is
 
 
 # -- finetune_mvsa.py ---------------------------------------------------------------------------------------------------
@@ -706,8 +871,12 @@ def test_untrained_target_encoder_is_not_the_pretrained_one(net):
 # -- the documented commands, on a few toy samples ------------------------------------------------------------------------
 
 
-def run(*command):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=200)
+WORK = tempfile.mkdtemp()  # where the commands run: their caches and results go here
+
+
+def run(script, *options):
+    command = [sys.executable, HERE / script, *map(str, options)]
+    return subprocess.run(command, cwd=WORK, capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture(scope="session")
@@ -725,12 +894,39 @@ def test_pretrain_end_to_end(pretrained):
     assert "1 image not on disk, 1 broken image" in done.stdout and done.stderr.count("000000000040.jpg") == 1
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4] and lines[-1]["momentum"] == 1.0
-    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "wd", "momentum", "grad_norm", "images_per_s", "energy",
+    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "wd", "momentum", "grad_norm", "images_per_s", "data_wait", "energy",
                              "energy_wrong", "lower", "target_std", "prediction_std", "target_rank"}
     assert all(name in pretrain.__doc__ for name in lines[0]) and 0.3 < lines[0]["loss"] < 3
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     assert checkpoint["args"]["epochs"] == 2 and checkpoint["config"]["dim"] == 96 and checkpoint["step"] == 4
     assert checkpoint["left_out"] == {"image not on disk": 1, "broken image": 1}
+
+
+def test_cache_and_no_cache_have_the_same_loss_curve(toy, tmp_path):
+    losses = []
+    for name, options in (("off", []), (tmp_path / "cache", ["--cache_dtype", "float32"])):
+        done = run("pretrain.py", "--coco", toy / "coco", "--out", tmp_path / "out", "--epochs", 4, "--batch_size", 8,
+                   "--held_out", 8, "--log_every", 1, "--device", "cpu", "--target", "ema", "--cache", name, *options)
+        assert done.returncode == 0, done.stderr
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()])
+    assert len(losses[0]) == 16 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert "encode:" in done.stderr and "features:" in done.stdout
+
+
+def test_bench_prints_what_the_readme_explains(toy, tmp_path):
+    done = run("pretrain.py", "--bench", "--coco", toy / "coco", "--cache", tmp_path, "--batch_size", 4, "--held_out", 8,
+               "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    figures = {line[:52].strip(): float(line[52:]) for line in done.stdout.splitlines() if line[50:52] == "  "}
+    readme = " ".join((HERE / "README.md").read_text().split())
+    assert len(figures) == 14 and all(name.split(",")[0] in readme for name in figures)
+    assert figures["cached, images/s"] > figures["uncached, images/s"] > 0
+    frozen, trained = (figures[f"{name}, GFLOP per image"] for name in ("frozen", "trained"))
+    assert figures["ratio that the FLOPs promise"] == pytest.approx((frozen + trained) / trained, rel=1e-3)
+    # f_I by hand: 37 tokens of width 96, 2 blocks of 12 D^2 + 2 N D multiply-adds, and 36 patches of 192 values embedded
+    by_hand = 2 * (2 * 37 * (12 * 96 ** 2 + 2 * 37 * 96) + 36 * 192 * 96) / 1e9
+    assert by_hand < frozen < 1.6 * by_hand  # the rest is f_T
+    assert [path.name for path in tmp_path.iterdir()] == []  # its cache was its own
 
 
 def test_pretraining_is_repeatable(toy, pretrained, tmp_path):
