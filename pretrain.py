@@ -166,9 +166,13 @@ def micro_batches(items, train, args, steps):
 
 
 def make_loader(source, train, args, steps, device):
-    """The micro-batches of `steps` steps, from data.Pictures or data.FeatureCache, read ahead by the workers."""
+    """The micro-batches of `steps` steps, from data.Pictures or data.FeatureCache, read ahead by the workers.
+
+    On a CPU the cache is read in the loop: that is 1 % of a step there, and a worker would take 5 % from its cores.
+    """
+    workers = 0 if device.type == "cpu" and isinstance(source, data.FeatureCache) else args.workers
     return DataLoader(source, batch_size=None, sampler=micro_batches(source.items, train, args, steps),
-                      num_workers=args.workers, pin_memory=device.type == "cuda")
+                      num_workers=workers, pin_memory=device.type == "cuda")
 
 
 def train_step(net, trained_half, optimizer, scaler, micro, masks, clip):
@@ -226,21 +230,24 @@ class Trainer:
         self.loader = iter(make_loader(source, train, args, steps, net.device))
         self.waited = 0.0  # seconds spent waiting for data
 
-    def step(self, step):
-        """Do step number `step`: -> its figures. Masks and schedules are functions of the step alone."""
+    def prepare(self, step):
+        """The micro-batches, the masks and the schedules of step number `step`; masks and schedules depend on it alone."""
         args, steps = self.args, self.steps
         lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
         wd = cosine(step, steps, args.start_wd, args.final_wd)
-        momentum = linear(step, steps, args.momentum, args.final_momentum)
         for group, decay in zip(self.optimizer.param_groups, (wd, 0.0)):
             group["lr"], group["weight_decay"] = lr, decay
+        self.momentum = linear(step, steps, args.momentum, args.final_momentum)
         clock = time.perf_counter()
         micro, images = next_batch(self.loader, self.source.items, self.left_out, args.accumulate)
         self.waited += time.perf_counter() - clock
-        masks = step_masks(self.net, args.seed, step, images)
-        loss, norm = train_step(self.net, self.trained_half, self.optimizer, self.scaler, micro, masks, args.clip)
-        self.net.update_target(momentum)
-        return dict(loss=loss, lr=lr, wd=wd, momentum=momentum, grad_norm=norm), images
+        return micro, step_masks(self.net, args.seed, step, images), dict(lr=lr, wd=wd, momentum=self.momentum)
+
+    def update(self, micro, masks):
+        """One optimiser step and one EMA step -> loss [] and gradient norm []."""
+        figures = train_step(self.net, self.trained_half, self.optimizer, self.scaler, micro, masks, self.args.clip)
+        self.net.update_target(self.momentum)
+        return figures
 
 
 def step_masks(net, seed, step, images):
@@ -258,14 +265,14 @@ def train(args, source, train_index, pairs, net, left_out, out_dir):
     losses, images, clock = [], 0, time.time()
     with open(out_dir / "log.jsonl", "w", encoding="utf-8") as log:
         for step in tqdm(range(steps), desc="pretrain"):
-            figures, batch = trainer.step(step)
-            losses, images, done = [*losses, figures["loss"]], images + batch, step + 1
+            micro, masks, schedules = trainer.prepare(step)
+            loss, norm = trainer.update(micro, masks)
+            losses, images, done = [*losses, loss], images + len(masks.context), step + 1
             if done % args.log_every and done < steps:
                 continue
             loss, seconds = mean_loss(losses, done), time.time() - clock
-            line = dict(step=done, epoch=done / steps_per_epoch, **{**figures, "loss": loss}, images_per_s=images / seconds,
-                        data_wait=trainer.waited / seconds, **monitor(net, pairs))
-            line["grad_norm"] = line["grad_norm"].item()
+            line = dict(step=done, epoch=done / steps_per_epoch, loss=loss, **schedules, grad_norm=norm.item(),
+                        images_per_s=images / seconds, data_wait=trainer.waited / seconds, **monitor(net, pairs))
             log.write(json.dumps(line) + "\n")
             log.flush()
             tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
@@ -388,18 +395,30 @@ def bench(args, dataset, train_index, net):
     def window(source):
         """-> [seconds, seconds waited for data, images] of 20 steps of the loop that `train` runs."""
         trainer, images = Trainer(args, net, source, train_index, steps, dataset.left_out), 0
-        trainer.step(0)
-        trainer.waited, clock = 0.0, now(net.device)
-        for step in range(1, steps):
-            images += trainer.step(step)[1]
+        for step in range(steps):
+            micro, masks, _ = trainer.prepare(step)
+            trainer.update(micro, masks)
+            if step:
+                images += len(masks.context)
+            else:
+                trainer.waited, clock = 0.0, now(net.device)
         return now(net.device) - clock, trainer.waited, images
 
     def resident_window():
-        """The same steps with batches and masks already on the device: only forward, backward and the optimiser."""
-        clock = now(net.device)
-        for micro, masks in batches:
+        """Each step of the loop, and then once more with its batch and masks already on the device: forward, backward and
+        the optimiser only. -> seconds of the two kinds. In turn, so that a machine that slows down slows both."""
+        trainer, loop, resident = Trainer(args, net, cached, train_index, steps, dataset.left_out), 0.0, 0.0
+        for step in range(steps):
+            clock = now(net.device)
+            micro, masks, _ = trainer.prepare(step)
+            trainer.update(micro, masks)
+            middle = now(net.device)
+            micro = [data.FeatureBatch(*part.features(net), part.left_out) for part in micro]
+            again = now(net.device)
             train_step(net, trainer.trained_half, trainer.optimizer, trainer.scaler, micro, masks, args.clip)
-        return now(net.device) - clock
+            if step:
+                loop, resident = loop + middle - clock, resident + now(net.device) - again
+        return loop, resident
 
     with tempfile.TemporaryDirectory(dir=make_folder("." if args.cache == "off" else args.cache)) as folder:
         clock = now(net.device)
@@ -407,24 +426,20 @@ def bench(args, dataset, train_index, net):
         encode = now(net.device) - clock
         raw = data.Pictures(dataset.items, net.image_encoder.data_config)
         net.train()
-        trainer, batches = Trainer(args, net, cached, train_index, steps, dataset.left_out), []
-        trainer.step(0)
-        for step in range(1, steps):
-            micro, images = next_batch(trainer.loader, cached.items, dataset.left_out, args.accumulate)
-            micro = [data.FeatureBatch(*part.features(net), part.left_out) for part in micro]
-            batches.append((micro, step_masks(net, args.seed, step, images)))
-        runs = [(*window(cached), *window(raw), resident_window()) for _ in tqdm(range(BENCH_REPEATS), desc="bench")]
-        seconds, waited, images, raw_seconds, raw_waited, raw_images, resident = np.median(runs, axis=0)
-        frozen, trained = count_flops(net, raw[[(int(i), int(i), 0) for i in train_index[:8]]], batches)
+        runs = [(*window(cached), *window(raw), *resident_window()) for _ in tqdm(range(BENCH_REPEATS), desc="bench")]
+        ratio = np.median([raw_s / s * n / raw_n for s, _, n, raw_s, _, raw_n, _, _ in runs])
+        outside = np.median([1 - resident / loop for *_, loop, resident in runs])
+        seconds, waited, images, raw_seconds, raw_waited, raw_images, _, _ = np.median(runs, axis=0)
+        frozen, trained = count_flops(net, raw, cached, next(micro_batches(dataset.items, train_index, args, 1)), args.seed)
     speed, raw_speed = images / seconds, raw_images / raw_seconds
     report = {
         "encode, images/s": len(dataset.items) / encode,
         "cached, images/s": speed, "cached, ms per step": 1000 * seconds / BENCH_STEPS,
         "cached, waiting for data, %": 100 * waited / seconds,
-        "cached, outside forward, backward and optimiser, %": 100 * (1 - resident / seconds),
+        "cached, outside forward, backward and optimiser, %": 100 * outside,
         "uncached, images/s": raw_speed, "uncached, ms per step": 1000 * raw_seconds / BENCH_STEPS,
         "uncached, waiting for data, %": 100 * raw_waited / raw_seconds,
-        "ratio cached / uncached": speed / raw_speed, "ratio that the FLOPs promise": (frozen + trained) / trained,
+        "ratio cached / uncached": ratio, "ratio that the FLOPs promise": (frozen + trained) / trained,
         "frozen, GFLOP per image": frozen / 1e9, "trained, GFLOP per image": trained / 1e9,
         "parameters trained, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
         "peak memory, GB": peak_memory(net.device) / 1e9}
@@ -449,20 +464,17 @@ def make_folder(path):
     return path
 
 
-def count_flops(net, batch, batches):
-    """FLOPs per image (2 for a multiply and add, matrix products only): of f_I and f_T on `batch`, and of forward and
-    backward of what is trained on `batches`, a list of (micro-batches, masks)."""
+def count_flops(net, raw, cached, draws, seed):
+    """FLOPs per image (2 for a multiply and add, matrix products only) of f_I and f_T, and of forward and backward of what
+    is trained: the mean over the masks of 20 steps."""
+    raw, cached = raw[draws], cached[draws]
     with FlopCounterMode(display=False) as counter:
-        batch.features(net)
-    frozen, images = counter.get_total_flops() / batch.size, sum(len(masks.context) for _, masks in batches)
+        raw.features(net)
+    frozen, features = counter.get_total_flops() / raw.size, cached.features(net)
     with FlopCounterMode(display=False) as counter:
-        for micro, masks in batches:
-            start = 0
-            for part in micro:
-                part_masks = masks.part(start, start + part.size)
-                net(*part[:3], part_masks).loss.backward()
-                start += part.size
-    return frozen, counter.get_total_flops() / images
+        for step in range(BENCH_STEPS):
+            net(*features, step_masks(net, seed, step, cached.size)).loss.backward()
+    return frozen, counter.get_total_flops() / cached.size / BENCH_STEPS
 
 
 def peak_memory(device):
