@@ -329,14 +329,16 @@ def make_cache(folder, pictures, net, recipe, offsets, workers):
             for chunk, batch in zip(chunks, loader):
                 whole = [i for i, _, _ in chunk if i not in batch.left_out]
                 s_image = torch.zeros(len(chunk), *recipe["image_shape"][1:], dtype=net.dtype)
-                texts = [text for i, _, _ in chunk for text in items[i][1]]
-                features, s_text, mask = net.frozen(batch.images, texts)
                 if whole:
-                    s_image[[i - chunk[0][0] for i in whole]] = features.cpu().to(net.dtype)
-                lengths = np.diff(offsets[first[chunk[0][0]]:first[chunk[-1][0] + 1] + 1])
-                assert mask.sum(1).tolist() == lengths.tolist()  # or every later text would be read from the wrong place
-                for tensor, file in ((s_image, image_file), (s_text[mask], text_file)):
-                    file.write(to_disk(tensor, recipe["dtype"]))
+                    s_image[[i - chunk[0][0] for i in whole]] = net.frozen_image(batch.images).cpu().to(net.dtype)
+                image_file.write(to_disk(s_image, recipe["dtype"]))
+                texts, begin = [text for i, _, _ in chunk for text in items[i][1]], first[chunk[0][0]]
+                for start in range(0, len(texts), ENCODE_BATCH):
+                    s_text, mask = net.frozen_text(texts[start:start + ENCODE_BATCH])
+                    lengths = np.diff(offsets[begin + start:begin + start + len(mask) + 1])
+                    assert mask.sum(1).tolist() == lengths.tolist()  # or later texts would be read from the wrong place
+                    text_file.write(to_disk(s_text[mask], recipe["dtype"]))
+                for file in files:
                     file.flush()
                     os.fsync(file.fileno())
                 broken += batch.left_out

@@ -513,16 +513,24 @@ class TIJEPA(nn.Module):
         """What the device computes in (see amp_dtype): that of the features X is given."""
         return amp_dtype(self.device)
 
-    @torch.no_grad()
     def frozen(self, images, texts):
         """images [B, 3, H, W], B strings -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L].
 
         The frozen half: the same for the same pair, always, which is why data.py can keep it on disk.
         """
+        return self.frozen_image(images), *self.frozen_text(texts)
+
+    @torch.no_grad()
+    def frozen_image(self, images):
+        """f_I: images [B, 3, H, W] -> s_image [B, N, D_I]; 64 at a time, so that a held-out set of any size fits."""
         with autocast(self.device):
-            # 64 pictures at a time: a held-out set of any size fits
-            s_image = [self.image_encoder(part.to(self.device, non_blocking=True)) for part in images.split(64)]
-            return torch.cat(s_image), *self.text_encoder(texts)
+            return torch.cat([self.image_encoder(part.to(self.device, non_blocking=True)) for part in images.split(64)])
+
+    @torch.no_grad()
+    def frozen_text(self, texts):
+        """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]."""
+        with autocast(self.device):
+            return self.text_encoder(texts)
 
     def forward(self, s_image, s_text, text_mask, masks):
         """The trained half: what `frozen` gave, and masks (see sample_masks) -> Output. Gradients reach X and g only."""

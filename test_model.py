@@ -769,16 +769,16 @@ def test_another_recipe_never_meets_an_old_cache(toy, small, tmp_path):
 def test_an_interrupted_encode_goes_on_to_the_same_bytes(toy, small, tmp_path, monkeypatch, capsys):
     items = data.CocoCaptions(toy / "coco").items
     monkeypatch.setattr(data, "ENCODE_BATCH", 8)
-    whole, calls, frozen = make(tmp_path / "whole", items, small).folder, [], small.frozen
+    whole, calls, frozen = make(tmp_path / "whole", items, small).folder, [], small.frozen_image
 
-    def interrupted(*batch):
-        calls.append(len(batch[0]))
+    def interrupted(images):
+        calls.append(len(images))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return frozen(*batch)
+        return frozen(images)
 
     with monkeypatch.context() as patch:
-        patch.setattr(small, "frozen", interrupted)
+        patch.setattr(small, "frozen_image", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "cut", items, small)
         part, = (tmp_path / "cut").glob("*.part")
@@ -815,7 +815,7 @@ def test_a_full_disk_is_said_before_and_cleaned_after(toy, small, tmp_path, monk
 
 
 def test_features_that_float16_cannot_hold_are_refused(toy, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(small, "frozen", lambda *batch, f=small.frozen: (f(*batch)[0] * 1e6, *f(*batch)[1:]))
+    monkeypatch.setattr(small, "frozen_image", lambda images, f=small.frozen_image: f(images) * 1e6)
     items = data.CocoCaptions(toy / "coco").items
     with pytest.raises(data.DataError, match="--cache_dtype bfloat16"):
         make(tmp_path, items, small, "float16")
