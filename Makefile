@@ -57,7 +57,7 @@ out/ablate/%/results.json:
 	@mkdir -p $(@D)
 	@$(PY) pretrain.py --preset toy --coco $(TOY)/coco --out $(@D) --cache $(TOY)/cache --seed $(seed_of) --device $(DEVICE) $($(variant_of)) > $(@D)/log.txt 2>&1
 	@$(PY) pretrain.py --eval $(@D)/checkpoint.pt --coco $(TOY)/coco --device $(DEVICE) 2>> $(@D)/log.txt
-	@$(PY) finetune_mvsa.py --checkpoint $(@D)/checkpoint.pt --mvsa $(TOY)/mvsa --out $(@D) --cache $(TOY)/cache --seeds $(seed_of) --device $(DEVICE) >> $(@D)/log.txt 2>&1
+	@$(PY) finetune_mvsa.py --checkpoint $(@D)/checkpoint.pt --mvsa $(TOY)/mvsa --out $(@D) --cache $(TOY)/cache --seeds $(seed_of) --mode probe --device $(DEVICE) >> $(@D)/log.txt 2>&1
 
 test: packages ## run the tests, on the CPU and without network
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -q test_model.py
@@ -83,7 +83,7 @@ check-preset:
 
 ifeq ($(VENV),)
 packages:
-	@$(PY) -c "import sys, importlib.util as u; m = [p for p in 'torch transformers timm numpy sklearn tqdm pytest PIL'.split() if not u.find_spec(p)]; sys.exit('missing in $$(command -v $(PY)): ' + ', '.join(m) + '; pip install -r requirements.txt' if m else 0)"
+	@$(PY) -c "import sys, importlib.util as u; m = [p for p in 'torch transformers timm numpy sklearn matplotlib tqdm pytest PIL'.split() if not u.find_spec(p)]; sys.exit('missing in $$(command -v $(PY)): ' + ', '.join(m) + '; pip install -r requirements.txt' if m else 0)"
 else
 packages: $(VENV)/installed
 $(VENV)/installed: requirements.txt

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -25,7 +26,9 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from sklearn.model_selection import train_test_split
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -76,6 +79,11 @@ class LeftOut:
         if reason == "broken image" and name not in names:
             print(f"left out, cannot be read: {name}", file=sys.stderr)
         names.add(name)
+
+    def merge(self, other):
+        """What both name, as another LeftOut."""
+        return LeftOut({reason: self.reasons.get(reason, set()) | other.reasons.get(reason, set())
+                        for reason in {**self.reasons, **other.reasons}})
 
     def counts(self):
         return {reason: len(names) for reason, names in self.reasons.items()}
@@ -491,6 +499,52 @@ def stratified_split(labels, seed):
         raise DataError(f"cannot split {len(labels)} posts 8:1:1 by label "
                         f"({dict(Counter(LABELS[label] for label in labels))}): {error}") from error
     return train, validation, test
+
+
+def random_split(labels, seed):
+    """Labels [P] -> indices of train, validation and test, 8:1:1, at random: no look at the labels (the authors' way)."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    tenth = len(order) // 10
+    return order[2 * tenth:], order[:tenth], order[tenth:2 * tenth]
+
+
+def upsample(train, labels, seed):
+    """Indices of training posts -> the same and, of each class, randomly repeated ones until it is as frequent as the
+    most frequent."""
+    rng, classes = np.random.default_rng(seed), np.asarray(labels)[train]
+    counts = np.bincount(classes)
+    repeated = [rng.choice(train[classes == label], counts.max() - count) for label, count in enumerate(counts) if count]
+    return np.concatenate([train, *repeated])
+
+
+def plain_words(text):
+    """A text without links, mentions, punctuation and case: what is left when a post is sent again."""
+    text = re.sub(r"https?\S+|www\.\S+|\brt\s+@\w+|@\w+", " ", text.lower())
+    return " ".join(re.sub(r"[\W_]+", " ", text).split())
+
+
+def duplicate_groups(posts):
+    """Posts -> [P] group numbers: the same for posts whose images are the same bytes, whose texts are the same words (see
+    plain_words; no words are not the same words), or who are linked by a chain of such."""
+    first, edges = {}, []
+    for i, post in enumerate(posts):
+        words = plain_words(post.text)
+        keys = [("image", hashlib.blake2b(post.image.read_bytes()).digest())] + [("text", words)] * bool(words)
+        edges += [(i, first.setdefault(key, i)) for key in keys]
+    edges = np.array(edges)
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(posts), len(posts)))
+    return connected_components(graph, directed=False)[1]
+
+
+def grouped_split(labels, groups, seed):
+    """Labels and group numbers [P] -> indices of train, validation and test, 8:1:1 as nearly as whole groups and equal
+    shares of the classes allow."""
+    try:
+        folds = StratifiedGroupKFold(10, shuffle=True, random_state=seed).split(labels, labels, groups)
+        test, validation, *train = [test for _, test in folds]
+    except ValueError as error:
+        raise DataError(f"cannot split {len(labels)} posts by group: {error}") from error
+    return np.concatenate(train), validation, test
 
 
 def published_split(folder, posts):

@@ -1,28 +1,46 @@
-"""Judge a pretrained TI-JEPA on MVSA: frozen features -> linear head -> one table for MVSA-Single and MVSA-Multi.
+"""Judge a pretrained TI-JEPA on MVSA: frozen or fine-tuned features -> linear head -> one table for each set.
 
     python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --mvsa data/toy/mvsa --out out/toy
+    python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --mvsa data/toy/mvsa --protocol grouped --mode probe
 
-Writes OUT/results.md (the table) and OUT/results.json (every number, with the config, counts and seconds).
+Writes to OUT, with the protocol in the name unless it is `standard`:
 
-Each set is taken alone and split 8:1:1, stratified by label; the split's seed is the run's seed. All rows are judged alike:
-features are standardised, a logistic regression is fitted on train, its regularisation is chosen by accuracy on
-validation, and the test posts are scored once with the chosen head. The figures, mean and standard deviation over seeds:
+    results.md       the table, the differences with their intervals, the confusion matrix
+    results.json     every number, with config, versions, counts, split hashes, seeds and seconds
+    predictions.csv  set, seed, row, id, label, prediction and probabilities of every test post: all scores come from here
+    confusion.png    the confusion matrix of the last row, all seeds together
+
+Protocols: `standard` splits each set alone 8:1:1, stratified by label (or by --split's published ids); `grouped` does so
+with repeated images and texts kept on one side; `authors` pools both sets, splits them at random and upsamples the
+training part. Modes: `probe` fits a linear head on frozen features; `finetune` trains X~ on from there, with the head.
+
+All choices are made by accuracy on validation: the head's regularisation and class weights, the fine-tuning's learning rate
+and epoch. The test posts are scored once, with what was chosen. The figures, mean and standard deviation over seeds:
 
     accuracy         share of test posts with the right label
     weighted F1      F1 of each class, averaged by its number of posts: the "F1" that MVSA papers print
     macro F1         F1 of each class, plain average: shows a class that is never found
 """
 import argparse
+import copy
+import csv
+import hashlib
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import sklearn
+import timm
 import torch
+import torch.nn.functional as F
+import transformers
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
@@ -31,12 +49,23 @@ from tqdm import tqdm
 import data
 import model
 
-REGULARISATION = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the logistic regression, chosen on validation
+matplotlib.use("Agg")  # files only, no window
+import matplotlib.pyplot as plt
+
+# The grids, each searched whole on validation: C of the logistic regression; learning rate of X~ and the head
+REGULARISATION, CLASS_WEIGHTS, LEARNING_RATES = (1e-3, 1e-2, 1e-1), (None, "balanced"), (1e-4, 5e-4)
+FINETUNE_BATCH = 32  # posts a step
 METRICS = {"accuracy": accuracy_score,
            "weighted F1": lambda y, p: f1_score(y, p, average="weighted", zero_division=0),
            "macro F1": lambda y, p: f1_score(y, p, average="macro", zero_division=0)}
-ROWS = ("majority class", "text only", "image only", "text + image concatenated", "TI-JEPA, X~ untrained",
-        "TI-JEPA, pretrained")
+MAJORITY, TEXT, IMAGE, CONCAT = "majority class", "text only", "image only", "text + image concatenated"
+UNTRAINED, PRETRAINED = "TI-JEPA, X~ untrained", "TI-JEPA, pretrained"
+NO_IMAGE, NO_TEXT = "TI-JEPA, pretrained, text alone", "TI-JEPA, pretrained, image alone"
+BOTH = "TI-JEPA, pretrained + concatenated"
+TUNED_UNTRAINED, TUNED = "TI-JEPA, X~ untrained, fine-tuned", "TI-JEPA, pretrained, fine-tuned"
+ROWS = {"probe": (MAJORITY, TEXT, IMAGE, CONCAT, UNTRAINED, PRETRAINED, NO_IMAGE, NO_TEXT, BOTH),
+        "finetune": (TUNED_UNTRAINED, TUNED)}
+COMPARED = ((PRETRAINED, UNTRAINED), (PRETRAINED, CONCAT), (TUNED, TUNED_UNTRAINED), (TUNED, CONCAT))
 REPORTED = {"single": (76.75, 74.62), "multi": (77.55, 75.02)}  # TI-JEPA-Large, accuracy and weighted F1, in the paper
 NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}
 
@@ -48,9 +77,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--checkpoint", default="out/toy/checkpoint.pt", help="what pretrain.py wrote")
     add("--mvsa", default="data/mvsa", help="folder with one or both MVSA sets")
-    add("--out", default="out/toy", help="folder for results.md and results.json")
+    add("--out", default="out/toy", help="folder for the results")
+    add("--protocol", choices=("standard", "grouped", "authors"), default="standard", help="how posts are split")
+    add("--mode", choices=list(ROWS), nargs="+", default=list(ROWS), help="how features are used; both: all rows")
     add("--split", default="", help="folder with CLMLF's train.json, dev.json, test.json (empty: 8:1:1 by seed)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the splits and of the untrained weights")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the splits, the untrained weights, fine-tuning")
+    add("--finetune_epochs", type=int, default=4, help="at most so many passes over the training posts")
     add("--ablate", default="", metavar="DIR", help="only make a table of the runs in DIR/<variant>-<seed>, by make ablate")
     add("--batch_size", type=int, default=100, help="posts encoded at a time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -65,112 +97,358 @@ def untrained(net, seed):
     torch.manual_seed(1000 + seed)  # not the seed that pretraining started from
     c = net.config
     fusion = model.FusionEncoder(net.image_encoder.dim, net.text_encoder.dim, c.dim, c.depth, c.heads, c.self_attention)
-    return model.TargetEncoder(fusion).to(next(net.parameters()).device)
+    return model.TargetEncoder(fusion).to(net.device)
 
 
-@torch.no_grad()
-def encode_posts(net, posts, left_out, args):
-    """All features of one set in one pass: ({row: [P, D] array}, posts whose image could be read).
+# ---------------------------------------------------------------------------------------------------------------------
+# Posts -> features
 
-    The untrained X~ has one array for each seed, under (row, seed).
-    """
-    encoders = {ROWS[5]: net.target_encoder, **{(ROWS[4], seed): untrained(net, seed) for seed in args.seeds}}
-    items = [(post.image, [post.text]) for post in posts]
-    source = (data.Pictures(items, net.image_encoder.data_config) if args.cache == "off" else
-              data.feature_cache(args.cache, items, net, args.cache_dtype, args.workers))
-    draws = [(i, i, 0) for i in range(len(posts))]
-    batches = [draws[start:start + args.batch_size] for start in range(0, len(draws), args.batch_size)]
-    loader = DataLoader(source, batch_size=None, sampler=batches, num_workers=args.workers,
-                        pin_memory=net.device.type == "cuda")
-    features, kept = {}, []
-    for draws, batch in zip(batches, tqdm(loader, desc=f"features of {NAMES[posts[0].set]}")):
-        for i in batch.left_out:
-            left_out.add("broken image", str(posts[i].image))
-        if not batch.size:
-            continue
-        kept += [posts[i] for i, _, _ in draws if i not in batch.left_out]
-        s_image, s_text, mask = batch.features(net)  # [B, N, D_I], [B, L, D_T], [B, L]
-        with model.autocast(net.device):
-            pooled = {name: encoder(s_image, s_text, mask).mean(1) for name, encoder in encoders.items()}  # [B, D]
-        weight = mask[:, :, None]  # [B, L, 1]
-        pooled[ROWS[1]] = (s_text.float() * weight).sum(1) / weight.sum(1)  # [B, D_T]: mean over tokens, not padding
-        pooled[ROWS[2]] = s_image.float().mean(1)  # [B, D_I]
-        for name, value in pooled.items():
-            features.setdefault(name, []).append(value.float().cpu().numpy())
-    features = {name: np.concatenate(parts) for name, parts in features.items()}
-    features[ROWS[3]] = np.hstack([features[ROWS[1]], features[ROWS[2]]])
-    return features, kept
+
+class Posts:
+    """The posts of one or both sets whose image can be read, what f_I and f_T say of them, and their labels."""
+
+    def __init__(self, net, posts, left_out, args):
+        self.net, self.args = net, args
+        items = [(post.image, [post.text]) for post in posts]
+        self.source = (data.Pictures(items, net.image_encoder.data_config) if args.cache == "off" else
+                       data.feature_cache(args.cache, items, net, args.cache_dtype, args.workers))
+        self.features, kept = self.pool(range(len(posts)), left_out, posts)
+        self.rows, self.posts = kept, [posts[i] for i in kept]  # index into the source, for fine-tuning
+        self.labels = np.array([post.label for post in self.posts])
+        self.sets = np.array([post.set for post in self.posts])
+
+    def batches(self, rows):
+        """Indices of the source -> (indices, features as X~ takes them), `batch_size` at a time."""
+        draws = [[(int(i), int(i), 0) for i in rows[start:start + self.args.batch_size]]
+                 for start in range(0, len(rows), self.args.batch_size)]
+        loader = DataLoader(self.source, batch_size=None, sampler=draws, num_workers=self.args.workers,
+                            pin_memory=self.net.device.type == "cuda")
+        for part, batch in zip(draws, loader):
+            yield [i for i, _, _ in part], batch
+
+    @torch.no_grad()
+    def pool(self, rows, left_out, posts):
+        """All frozen features in one pass: ({row: [P, D] array}, indices of the posts whose image can be read).
+
+        The untrained X~ has one array for each seed, under (row, seed). An empty image is one of the mean colour.
+        """
+        net, features, kept = self.net, {}, []
+        encoders = {PRETRAINED: net.target_encoder, **{(UNTRAINED, seed): untrained(net, seed) for seed in self.args.seeds}}
+        nothing = net.frozen(torch.zeros(1, *net.image_encoder.data_config["input_size"]), [""])
+        for indices, batch in tqdm(self.batches(rows), desc="features", total=-(-len(rows) // self.args.batch_size)):
+            for i in batch.left_out:
+                left_out.add("broken image", str(posts[i].image))
+            if not batch.size:
+                continue
+            kept += [i for i in indices if i not in batch.left_out]
+            s_image, s_text, mask = batch.features(net)  # [B, N, D_I], [B, L, D_T], [B, L]
+            no_image, no_text, no_mask = (part.expand(batch.size, *part.shape[1:]) for part in nothing)
+            with model.autocast(net.device):
+                pooled = {name: encoder(s_image, s_text, mask).mean(1) for name, encoder in encoders.items()}  # [B, D]
+                pooled[NO_IMAGE] = net.target_encoder(no_image, s_text, mask).mean(1)
+                pooled[NO_TEXT] = net.target_encoder(s_image, no_text, no_mask).mean(1)
+            pooled[TEXT], pooled[IMAGE] = pool_frozen(s_image, s_text, mask)
+            for name, value in pooled.items():
+                features.setdefault(name, []).append(value.float().cpu().numpy())
+        features = {name: np.concatenate(parts) for name, parts in features.items()}
+        features[CONCAT] = np.hstack([features[TEXT], features[IMAGE]])
+        features[BOTH] = np.hstack([features[PRETRAINED], features[CONCAT]])
+        return features, kept
+
+
+def split_posts(posts, protocol, split, seeds):
+    """Posts -> ({seed: (train, validation, test) indices}, notes on what was found)."""
+    labels = [post.label for post in posts]
+    if protocol == "authors":  # one random split of the pool; the small classes of the training part are drawn again
+        parts = {seed: data.random_split(labels, seed) for seed in seeds}
+        return {seed: (data.upsample(train, labels, seed), *rest) for seed, (train, *rest) in parts.items()}, {}
+    if protocol == "grouped":
+        groups = data.duplicate_groups(posts)
+        sizes = np.bincount(groups)
+        notes = {"groups of repeated posts": int((sizes > 1).sum()), "posts in them": int(sizes[sizes > 1].sum())}
+        return {seed: data.grouped_split(labels, groups, seed) for seed in seeds}, notes
+    if split:
+        parts, notes = data.published_split(split, posts)
+        return {seed: parts for seed in seeds}, dict(notes)
+    return {seed: data.stratified_split(labels, seed) for seed in seeds}, {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features -> predictions. Nothing here is given a test label
 
 
 def fit_head(x, y, train, validation):
-    """Features [P, D], labels [P], indices -> (head, its C). Sees no test post."""
+    """Features [P, D], labels [P], indices -> (head, its choice from the grid and its accuracy on validation). Looks at no
+    other post's label."""
     best = None
-    for c in REGULARISATION:
-        head = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000))
-        head.fit(x[train], y[train])
-        accuracy = accuracy_score(y[validation], head.predict(x[validation]))
-        if best is None or accuracy > best[0]:  # a tie keeps the stronger regularisation
-            best = accuracy, head, c
-    return best[1:]
+    for weights in CLASS_WEIGHTS:
+        for c in REGULARISATION:
+            head = make_pipeline(StandardScaler(), LogisticRegression(C=c, class_weight=weights, max_iter=5000))
+            head.fit(x[train], y[train])
+            accuracy = accuracy_score(y[validation], head.predict(x[validation]))
+            if best is None or accuracy > best[1]["validation"]:  # a tie keeps the stronger regularisation, and no weights
+                best = head, {"C": c, "class_weight": weights, "validation": accuracy}
+    return best
 
 
-def evaluate(features, labels, splits):
-    """{row: {metric: [score in % for each seed]}} of one set. `splits` is {seed: (train, validation, test)}."""
-    scores = {}
+def pool_frozen(s_image, s_text, text_mask):
+    """-> f_T's tokens averaged without padding [B, D_T], f_I's patches averaged [B, D_I]"""
+    weight = text_mask[:, :, None]  # [B, L, 1]
+    return (s_text.float() * weight).sum(1) / weight.sum(1), s_image.float().mean(1)
+
+
+class Classifier(torch.nn.Module):
+    """X~ and a linear head on the mean of its tokens (`beside`: beside the pooled frozen features), starting as the probe:
+    linear probing, then fine-tuning (Kumar et al. 2022), so that the first steps do not spoil the features for a head that
+    knows nothing."""
+
+    def __init__(self, encoder, probe, beside):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder.encoder).requires_grad_(True)  # X~ as a trainable FusionEncoder
+        self.beside, (scaler, regression) = beside, probe
+        tensors = [torch.from_numpy(v).float() for v in (scaler.mean_, scaler.scale_, regression.coef_, regression.intercept_)]
+        mean, scale, weight, bias = (tensor.to(next(self.encoder.parameters()).device) for tensor in tensors)
+        self.head = torch.nn.Linear(*reversed(weight.shape)).to(weight.device)
+        self.head.weight.data = weight / scale  # the standardisation is part of the head
+        self.head.bias.data = bias - (weight / scale) @ mean
+
+    def forward(self, s_image, s_text, text_mask):
+        """As FusionEncoder -> logits [B, 3]"""
+        pooled = self.encoder(s_image, s_text, text_mask).mean(1)  # [B, D]
+        if self.beside:
+            pooled = torch.cat([pooled, *pool_frozen(s_image, s_text, text_mask)], dim=1)  # [B, D + D_T + D_I]
+        return self.head(pooled)
+
+
+def finetune(encoder, x, posts, y, train, validation, args, seed):
+    """Train X~ and the head on the training posts -> (Classifier, its choice). Looks at the labels of no other posts.
+
+    `x` are X~'s pooled features [P, D]. The start is the probe on these or on these beside the frozen ones, whichever is
+    better on validation, and its class weights are kept. For each learning rate training ends with the first epoch that is
+    worse on validation; what is kept is the best epoch of all, the probe itself (epoch 0) included.
+    """
+    probes = [fit_head(features, y, train, validation) for features in (x, np.hstack([x, posts.features[CONCAT]]))]
+    beside = probes[1][1]["validation"] > probes[0][1]["validation"]
+    probe, choice = probes[beside]
+    choice = {**choice, "beside the frozen features": bool(beside), "lr": None, "epoch": 0}
+    counts = np.bincount(y[train], minlength=len(data.LABELS))
+    balance = len(train) / (len(data.LABELS) * np.maximum(counts, 1))
+    balance = balance if choice["class_weight"] else np.ones(len(data.LABELS))
+    balance = torch.tensor(balance, dtype=torch.float32, device=posts.net.device)
+    classifier = Classifier(encoder, probe, beside)
+    start = copy.deepcopy(classifier.state_dict())
+    first = accuracy_score(y[validation], predict(classifier, posts, validation).argmax(1))
+    best = first, start
+    for lr in LEARNING_RATES:
+        classifier.load_state_dict(start)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
+        rng, highest = np.random.default_rng(seed), first
+        for epoch in range(1, args.finetune_epochs + 1):
+            train_epoch(classifier, optimizer, posts, y, rng.permutation(train), balance)
+            accuracy = accuracy_score(y[validation], predict(classifier, posts, validation).argmax(1))
+            if accuracy > best[0]:
+                best = accuracy, copy.deepcopy(classifier.state_dict())
+                choice = {**choice, "lr": lr, "epoch": epoch, "validation": accuracy}
+            if accuracy < highest:
+                break
+            highest = accuracy
+    classifier.load_state_dict(best[1])
+    return classifier, choice
+
+
+def train_epoch(classifier, optimizer, posts, y, order, balance):
+    """One pass over the posts `order`, in float32: steps are small and few."""
+    classifier.train()
+    for start in range(0, len(order), FINETUNE_BATCH):
+        part = order[start:start + FINETUNE_BATCH]
+        rows = [posts.rows[i] for i in part]
+        features = [value.float() if value.is_floating_point() else value
+                    for value in posts.source[[(row, row, 0) for row in rows]].features(posts.net)]
+        loss = F.cross_entropy(classifier(*features), torch.from_numpy(y[part]).to(balance.device), weight=balance)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+        optimizer.step()
+
+
+@torch.no_grad()
+def predict(classifier, posts, part):
+    """Indices of posts -> probabilities [P, 3]"""
+    classifier.eval()
+    rows, probabilities = [posts.rows[i] for i in part], []
+    for start in range(0, len(rows), posts.args.batch_size):
+        batch = posts.source[[(row, row, 0) for row in rows[start:start + posts.args.batch_size]]]
+        features = [value.float() if value.is_floating_point() else value for value in batch.features(posts.net)]
+        probabilities.append(classifier(*features).softmax(-1).cpu().numpy())
+    return np.concatenate(probabilities)
+
+
+def full(head, x):
+    """A head's probabilities [P, 3], 0 for a class that its training posts did not have."""
+    probabilities = np.zeros((len(x), len(data.LABELS)))
+    probabilities[:, head.classes_] = head.predict_proba(x)
+    return probabilities
+
+
+def predictions(posts, splits, args):
+    """Every row's answer for every test post and seed: list of dicts, the lines of predictions.csv, and the choices made."""
+    lines, choices, y = [], {}, posts.labels
     for seed, (train, validation, test) in tqdm(splits.items(), desc="heads"):
-        for row in ROWS:
-            if row == ROWS[0]:
-                head, c = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), labels[train]), None
-                predicted = head.predict(np.zeros((len(test), 1)))
+        encoders = {TUNED: (PRETRAINED, posts.net.target_encoder), TUNED_UNTRAINED: (UNTRAINED, untrained(posts.net, seed))}
+        for row in (row for mode in args.mode for row in ROWS[mode]):
+            if row == MAJORITY:
+                head, choice = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), y[train]), None
+                probabilities = full(head, np.zeros((len(test), 1)))
+            elif row in encoders:
+                start, encoder = encoders[row]
+                x = posts.features[start if start in posts.features else (start, seed)]
+                classifier, choice = finetune(encoder, x, posts, y, train, validation, args, seed)
+                probabilities = predict(classifier, posts, test)
             else:
-                x = features[row if row in features else (row, seed)]
-                head, c = fit_head(x, labels, train, validation)
-                predicted = head.predict(x[test])
+                x = posts.features[row if row in posts.features else (row, seed)]
+                head, choice = fit_head(x, y, train, validation)
+                probabilities = full(head, x[test])
+            choices.setdefault(row, {})[seed] = choice
+            for i, p in zip(test, probabilities):
+                lines.append({"set": posts.sets[i], "seed": seed, "row": row, "id": posts.posts[i].id,
+                              "label": data.LABELS[y[i]], "prediction": data.LABELS[int(p.argmax())],
+                              **{name: round(float(value), 6) for name, value in zip(data.LABELS, p)}})
+    return lines, choices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions -> scores. Only here are test labels looked at
+
+
+def score(lines):
+    """Lines of one set -> {row: {metric: [% for each seed], "confusion": [3, 3] summed over seeds, "classes": {...}}}."""
+    scores, index = {}, {name: i for i, name in enumerate(data.LABELS)}
+    for row in dict.fromkeys(line["row"] for line in lines):
+        here, found = [line for line in lines if line["row"] == row], {}
+        for seed in dict.fromkeys(line["seed"] for line in here):
+            y, p = (np.array([index[line[key]] for line in here if line["seed"] == seed]) for key in ("label", "prediction"))
             for name, metric in METRICS.items():
-                scores.setdefault(row, {}).setdefault(name, []).append(100 * metric(labels[test], predicted))
-            scores[row].setdefault("C", []).append(c)
+                found.setdefault(name, []).append(100 * metric(y, p))
+            found["confusion"] = found.get("confusion", 0) + confusion_matrix(y, p, labels=range(len(index)))
+            parts = precision_recall_fscore_support(y, p, labels=range(len(index)), zero_division=0)
+            for label, *values in zip(data.LABELS, *parts[:3]):
+                for name, value in zip(("precision", "recall", "F1"), values):
+                    found.setdefault("classes", {}).setdefault(label, {}).setdefault(name, []).append(100 * value)
+        found["confusion"] = found["confusion"].tolist()
+        scores[row] = found
     return scores
 
 
-def judge_set(net, folder, args):
-    """One MVSA folder -> everything that results.json says of it. Prints the counts."""
-    posts, left_out = data.load_mvsa(folder)
-    features, posts = encode_posts(net, posts, left_out, args)
-    labels = np.array([post.label for post in posts])
-    if args.split:
-        split, notes = data.published_split(args.split, posts)
-        splits = {seed: split for seed in args.seeds}
-    else:
-        splits, notes = {seed: data.stratified_split(labels, seed) for seed in args.seeds}, {}
-    counts = {name: int((labels == i).sum()) for i, name in enumerate(data.LABELS)}
-    sizes = [len(part) for part in splits[args.seeds[0]]]
-    print(f"{NAMES[posts[0].set]}: {len(posts)} posts {counts}, left out: {left_out}; train, validation, test {sizes}"
-          + (f"; split: {dict(notes)}" if notes else ""))
-    return {"posts": len(posts), "labels": counts, "left_out": left_out.counts(), "split_sizes": sizes,
-            "split_notes": dict(notes), "scores": evaluate(features, labels, splits)}
+def bootstrap(lines, row, other, draws=2000):
+    """Accuracy of `row` minus that of `other` on the same test posts, in points: (difference, low, high), a 95 % interval
+    over resampled posts. A post that several seeds test is drawn as one, with all its answers."""
+    right = {(line["seed"], line["id"], line["row"]): line["prediction"] == line["label"] for line in lines}
+    pairs = [(seed, post) for seed, post, name in right if name == row]
+    gains = np.array([float(right[seed, post, row]) - right[seed, post, other] for seed, post in pairs])
+    posts, which = np.unique([post for _, post in pairs], return_inverse=True)
+    sums, counts = (np.bincount(which, weights=weights) for weights in (gains, np.ones(len(gains))))  # by post
+    times = np.random.default_rng(0).multinomial(len(posts), np.full(len(posts), 1 / len(posts)), size=draws)  # [draws, posts]
+    low, high = np.percentile(times @ sums / (times @ counts), (2.5, 97.5))
+    return [100 * value for value in (gains.mean(), low, high)]
+
+
+def judge(net, folders, args):
+    """Folders {set: path} -> ({set: everything results.json says of it}, lines of predictions.csv). Prints the counts."""
+    loaded = {kind: data.load_mvsa(folder) for kind, folder in sorted(folders.items(), reverse=True)}
+    if args.protocol == "authors":
+        if len(loaded) < 2:
+            raise data.DataError(f"--protocol authors pools both sets; only {NAMES[next(iter(loaded))]} is in {args.mvsa}")
+        loaded = {"pooled": (loaded["single"][0] + loaded["multi"][0], loaded["single"][1].merge(loaded["multi"][1]))}
+    results, every = {}, []
+    for name, (posts, left_out) in loaded.items():
+        posts = Posts(net, posts, left_out, args)
+        splits, notes = split_posts(posts.posts, args.protocol, args.split, args.seeds)
+        sizes = [len(part) for part in splits[args.seeds[0]]]
+        print(f"{NAMES.get(name, name)}: {len(posts.labels)} posts, left out: {left_out}; train, validation, test {sizes}"
+              + (f"; {notes}" if notes else ""))
+        lines, choices = predictions(posts, splits, args)
+        hashes = {seed: hashlib.sha256(json.dumps([[f"{posts.sets[i]} {posts.posts[i].id}" for i in part] for part in parts]
+                                                  ).encode()).hexdigest()[:16] for seed, parts in splits.items()}
+        for kind in dict.fromkeys(posts.sets):
+            mine = [line for line in lines if line["set"] == kind]
+            labels = posts.labels[posts.sets == kind]
+            rows = {line["row"] for line in mine}
+            results[str(kind)] = {
+                "posts": len(labels), "labels": {label: int((labels == i).sum()) for i, label in enumerate(data.LABELS)},
+                "left_out": left_out.counts(), "split_sizes": sizes, "split_notes": notes, "split_hash": hashes,
+                "scores": score(mine), "choices": choices,
+                "differences": {f"{a} minus {b}": bootstrap(mine, a, b) for a, b in COMPARED if {a, b} <= rows}}
+        every += lines
+    return results, every
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
 
 
 def table(results, config, args):
-    """The results -> Markdown: one table for each set, or a line that says why there is none."""
-    lines = ["# TI-JEPA on MVSA", "", f"f_I {config.image_encoder}, f_T {config.text_encoder}, checkpoint "
-             f"{args.checkpoint}. Mean ± standard deviation in % over {len(args.seeds)} seeds, "
+    """The results -> Markdown: for each set the scores, the differences and a confusion matrix, or why there are none."""
+    lines = ["# TI-JEPA on MVSA", "", f"f_I {config.image_encoder}, f_T {config.text_encoder}, checkpoint {args.checkpoint}, "
+             f"protocol {args.protocol}. Mean ± standard deviation in % over {len(args.seeds)} seeds, "
              + ("of the untrained weights; the split is the published one." if args.split
                 else "of the split and of the untrained weights; one pretrained checkpoint."), ""]
     if config.image_encoder == "toy":
         lines += ["**Toy data and untrained toy encoders: these numbers are not the paper's and not comparable to it.**", ""]
+    rows = [row for mode in args.mode for row in ROWS[mode]]
     for kind, name in NAMES.items():
         lines += [f"## {name}", ""]
         found = results.get(kind)
         if found:
-            lines += [f"{found['posts']} posts, train / validation / test " + " / ".join(map(str, found["split_sizes"])), ""]
+            lines += [f"{found['posts']} posts, train / validation / test " + " / ".join(map(str, found["split_sizes"]))
+                      + (" of the pool, upsampled" if args.protocol == "authors" else ""), ""]
         lines += ["| features | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
-        for row in ROWS:
+        for row in rows:
             cells = ([f"{np.mean(found['scores'][row][m]):.2f} ± {np.std(found['scores'][row][m]):.2f}" for m in METRICS]
                      if found else [f"not measured: no {name} in {args.mvsa}"] + ["–"] * (len(METRICS) - 1))
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         accuracy, f1 = REPORTED[kind]
         lines += [f"| TI-JEPA-Large, *reported* in the paper, not measured here | {accuracy} | {f1} | not reported |", ""]
+        if not found:
+            continue
+        if found["differences"]:
+            lines += ["| difference in accuracy, same test posts | points | 95 % interval |", "|---|---|---|"]
+            lines += [f"| {name} | {d:+.2f} | {low:+.2f} to {high:+.2f} |" for name, (d, low, high)
+                      in found["differences"].items()] + [""]
+        scores = found["scores"][rows[-1]]
+        lines += [f"{rows[-1]}, all seeds together:", "", "| true \\ predicted | " + " | ".join(data.LABELS)
+                  + " | precision | recall | F1 |", "|---|" + "---|" * 6]
+        for label, counts in zip(data.LABELS, scores["confusion"]):
+            values = [f"{np.mean(scores['classes'][label][m]):.1f}" for m in ("precision", "recall", "F1")]
+            lines.append(f"| {label} | " + " | ".join([*map(str, counts), *values]) + " |")
+        lines.append("")
     return "\n".join(lines)
+
+
+def draw_confusion(results, row, path):
+    """The confusion matrices of one row, a picture for each set, as shares of the true class."""
+    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 3.6), squeeze=False)
+    for axis, (kind, found) in zip(axes[0], results.items()):
+        counts = np.array(found["scores"][row]["confusion"])
+        axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), vmin=0, vmax=1, cmap="Blues")
+        for (i, j), count in np.ndenumerate(counts):
+            axis.text(j, i, count, ha="center", va="center")
+        axis.set(title=NAMES[kind], xlabel="predicted", ylabel="true", xticks=range(3), yticks=range(3),
+                 xticklabels=data.LABELS, yticklabels=data.LABELS)
+    figure.suptitle(row)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def code_version():
+    """The git commit of this file's folder, with "+" if files were changed since, or "none"."""
+    def git(*words):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True)
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout) if not commit.returncode else "none"
+    except FileNotFoundError:  # no git on this machine
+        return "none"
 
 
 def ablation_table(folder):
@@ -181,10 +459,10 @@ def ablation_table(folder):
         scores = {kind: found["scores"] for kind, found in json.loads(path.read_text())["sets"].items()}
         judged = json.loads((path.parent / "eval.json").read_text())
         loss = json.loads((path.parent / "log.jsonl").read_text().splitlines()[-1])["loss"]
-        probe = {row: [np.mean(scores[kind][row]["accuracy"]) for kind in NAMES] for row in ROWS}
-        figures = [loss, judged["target_std"], judged["target_rank"], judged["auc"], *probe[ROWS[5]]]
+        probe = {row: [np.mean(scores[kind][row]["accuracy"]) for kind in NAMES] for row in (PRETRAINED, UNTRAINED, CONCAT)}
+        figures = [loss, judged["target_std"], judged["target_rank"], judged["auc"], *probe[PRETRAINED]]
         runs.setdefault(path.parent.name.rsplit("-", 1)[0], []).append(figures)
-        for row in (ROWS[4], ROWS[3]):
+        for row in (UNTRAINED, CONCAT):
             baselines.setdefault(row, []).append(probe[row])
     if not runs:
         raise data.DataError(f"--ablate {folder}: no <variant>-<seed>/results.json there; run `make ablate`")
@@ -208,23 +486,33 @@ def main(argv=None):
             (Path(args.ablate) / "results.md").write_text(text, encoding="utf-8")
             print(text)
             return 0
+        if args.split and args.protocol != "standard":
+            raise data.DataError(f"--split is of the standard protocol; it cannot be had with --protocol {args.protocol}")
         folders = data.find_mvsa(args.mvsa)  # before any model is loaded
         device, out_dir = model.choose_device(args.device), Path(args.out)
         out_dir.mkdir(parents=True, exist_ok=True)
         net = model.TIJEPA.from_checkpoint(args.checkpoint)[0].to(device)
         print(f"finetune_mvsa: {args.checkpoint}, {', '.join(str(f) for f in folders.values())}, device {device}")
-        results = {kind: judge_set(net, folder, args) for kind, folder in sorted(folders.items(), reverse=True)}
+        results, lines = judge(net, folders, args)
     except (data.DataError, model.EncoderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    ending = "" if args.protocol == "standard" else f"_{args.protocol}"
     text = table(results, net.config, args)
-    (out_dir / "results.md").write_text(text, encoding="utf-8")
-    versions = {module.__name__: module.__version__ for module in (torch, np)}
+    (out_dir / f"results{ending}.md").write_text(text, encoding="utf-8")
+    with open(out_dir / f"predictions{ending}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    draw_confusion(results, lines[-1]["row"], out_dir / f"confusion{ending}.png")
+    versions = {module.__name__: module.__version__ for module in (torch, timm, transformers, sklearn, np)}
     config = {key: value for key, value in vars(net.config).items() if key != "vocabulary"}
-    (out_dir / "results.json").write_text(json.dumps({
-        "sets": results, "reported": REPORTED, "args": vars(args), "model": config, "versions": versions,
-        "device": str(device), "seconds": round(time.time() - start, 1)}, indent=1), encoding="utf-8")
-    print(f"\n{text}\nfinetune_mvsa: wrote {out_dir / 'results.md'} and {out_dir / 'results.json'}")
+    (out_dir / f"results{ending}.json").write_text(json.dumps({
+        "sets": results, "reported": REPORTED, "args": vars(args), "model": config, "code": code_version(),
+        "versions": {"python": sys.version.split()[0], **versions}, "device": str(device), "seeds": args.seeds,
+        "seconds": round(time.time() - start, 1)}, indent=1), encoding="utf-8")
+    print(f"\n{text}\nfinetune_mvsa: wrote results{ending}.md, results{ending}.json, predictions{ending}.csv and "
+          f"confusion{ending}.png in {out_dir}")
     return 0
 
 

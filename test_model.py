@@ -1,6 +1,8 @@
 """The tests, by values: `make test`. CPU only, no network; every file they need they write themselves."""
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, GteConfig, GteModel, PreTrainedTokenizerFast, T5Config, T5Model
 
@@ -837,29 +839,133 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
 # -- finetune_mvsa.py ---------------------------------------------------------------------------------------------------
 
 
-def test_the_head_never_sees_a_test_label():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(300, 5)), rng.integers(3, size=300)
-    train, validation, test = data.stratified_split(y, 0)
-    scrambled = y.copy()
-    scrambled[test] = rng.permutation(scrambled[test])
-    heads = [finetune_mvsa.fit_head(x, labels, train, validation) for labels in (y, scrambled)]
-    assert heads[0][1] == heads[1][1] and np.array_equal(heads[0][0][-1].coef_, heads[1][0][-1].coef_)
-    assert not np.array_equal(y, scrambled)
+@pytest.fixture(scope="module")
+def posts(toy, small, tmp_path_factory):
+    """The toy posts of MVSA-Single with what every encoder says of them."""
+    args = finetune_mvsa.parse_args(["--seeds", "0", "--workers", "0", "--cache", str(tmp_path_factory.mktemp("cache")),
+                                     "--finetune_epochs", "2"])
+    found, left_out = data.load_mvsa(toy / "mvsa" / "MVSA_Single")
+    return finetune_mvsa.Posts(small, found, left_out, args)
 
 
-def test_scores_are_scikit_learns():
+def test_nothing_that_is_chosen_or_trained_sees_a_test_label(posts):
+    train, validation, test = data.stratified_split(posts.labels, 0)
+    scrambled = posts.labels.copy()
+    scrambled[test] = (scrambled[test] + 1) % 3
+    heads, tuned, x = [], [], posts.features[finetune_mvsa.PRETRAINED]
+    for y in (posts.labels, scrambled):
+        head, choice = finetune_mvsa.fit_head(x, y, train, validation)
+        heads.append((choice, head[-1].coef_.tolist()))
+        classifier, choice = finetune_mvsa.finetune(posts.net.target_encoder, x, posts, y, train, validation, posts.args, 0)
+        tuned.append((choice, classifier.state_dict()))
+    assert heads[0] == heads[1] and tuned[0][0] == tuned[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(tuned[0][1].values(), tuned[1][1].values()))
+    shifted = posts.labels.copy()
+    shifted[train] = (shifted[train] + 1) % 3  # but the labels it is to learn from do matter
+    assert heads[0][1] != finetune_mvsa.fit_head(x, shifted, train, validation)[0][-1].coef_.tolist()
+
+
+def test_fine_tuning_starts_as_the_probe_and_trains_target_encoder_and_head(posts, monkeypatch):
+    train, validation, _ = data.stratified_split(posts.labels, 0)
+    x, y, encoder = posts.features[finetune_mvsa.PRETRAINED], posts.labels, posts.net.target_encoder
+    head, _ = finetune_mvsa.fit_head(x, y, train, validation)
+    both = posts.features[finetune_mvsa.BOTH]
+    beside = finetune_mvsa.Classifier(encoder, finetune_mvsa.fit_head(both, y, train, validation)[0], True)
+    expected = finetune_mvsa.fit_head(both, y, train, validation)[0].predict_proba(both[train])
+    assert np.allclose(finetune_mvsa.predict(beside, posts, train), expected, atol=1e-3)
+    start = finetune_mvsa.Classifier(encoder, head, False)
+    assert np.allclose(finetune_mvsa.predict(start, posts, train), head.predict_proba(x[train]), atol=1e-3)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    moved = finetune_mvsa.Classifier(encoder, head, False)
+    optimizer = torch.optim.AdamW(moved.parameters(), lr=1e-3)
+    finetune_mvsa.train_epoch(moved, optimizer, posts, y, train, torch.ones(3))
+    changed = {name for (name, a), b in zip(moved.state_dict().items(), start.state_dict().values()) if not torch.equal(a, b)}
+    assert {"head.weight", "encoder.blocks.0.cross.q.weight", "encoder.text_proj.0.weight"} <= changed
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())  # the checkpoint's is not
+    monkeypatch.setattr(finetune_mvsa, "train_epoch", lambda classifier, *rest: classifier.head.bias.data.add_(
+        torch.tensor([1e3, 0, 0])))  # training that makes all worse: the probe itself is kept
+    kept, choice = finetune_mvsa.finetune(encoder, x, posts, y, train, validation, posts.args, 0)
+    probe = beside if choice["beside the frozen features"] else start
+    assert choice["epoch"] == 0 and torch.equal(kept.head.bias, probe.head.bias)
+
+
+def test_the_other_modality_empty_means_that_it_does_not_matter(posts, small):
+    one, other = posts.posts[0], posts.posts[1]
+    swapped = [replace(one, image=other.image), replace(one, text=other.text)]
+    again = finetune_mvsa.Posts(small, [one, other, *swapped], data.LeftOut(), posts.args).features
+    text_alone, image_alone = again[finetune_mvsa.NO_IMAGE], again[finetune_mvsa.NO_TEXT]
+    assert np.allclose(text_alone[0], text_alone[2], atol=1e-5) and not np.allclose(text_alone[0], text_alone[3], atol=1e-3)
+    assert np.allclose(image_alone[0], image_alone[3], atol=1e-5) and not np.allclose(image_alone[0], image_alone[2], atol=1e-3)
+
+
+def test_bootstrap_by_hand():
+    lines = [{"seed": seed, "id": str(i), "row": row, "label": "a", "prediction": "a" if right else "b"}
+             for seed in (0, 1) for i in range(200) for row, right in (("new", i % 4 != 0), ("old", i % 2 == 0))]
+    difference, low, high = finetune_mvsa.bootstrap(lines, "new", "old")
+    assert difference == pytest.approx(25)  # right in 150 against 100 of 200
+    # gains of +1 (100 posts), 0 (50) and -1 (50): the deviation of the mean over 200 posts, both seeds being the same posts
+    deviation = 100 * (((100 * 0.75 ** 2 + 50 * 0.25 ** 2 + 50 * 1.25 ** 2) / 200) / 200) ** 0.5
+    assert low == pytest.approx(25 - 1.96 * deviation, abs=1.5) and high == pytest.approx(25 + 1.96 * deviation, abs=1.5)
+    assert finetune_mvsa.bootstrap(lines, "new", "new") == [0, 0, 0]
+
+
+def make_posts(texts, tmp_path, images=None):
+    posts = []
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.jpg").write_bytes(b"image" + bytes([i if images is None else images[i]]))
+        posts.append(data.Post("single", str(i), tmp_path / f"{i}.jpg", text, i % 3))
+    return posts
+
+
+def test_repeated_posts_are_one_group(tmp_path):
+    texts = ["Good day! http://t.co/x", "RT @someone: good DAY", "good night", "something", "http://t.co/a", "@you http://t.co/b",
+             "a chain", "else"]
+    groups = data.duplicate_groups(make_posts(texts, tmp_path, images=[0, 1, 2, 3, 4, 5, 6, 2]))
+    assert groups[0] == groups[1] and groups[2] == groups[7]  # the same words; the same bytes
+    assert len(set(groups)) == 6 and groups[4] != groups[5]  # no words at all are not the same words
+    chain = make_posts(["one", "one", "two"], tmp_path, images=[0, 1, 1])
+    assert len(set(data.duplicate_groups(chain))) == 1
+
+
+def test_grouped_split_keeps_groups_whole_and_classes_even():
     rng = np.random.default_rng(0)
-    labels = np.repeat([0, 1, 2], [60, 30, 10])
-    informative = np.eye(3)[labels] + rng.normal(size=(100, 3))
-    features = {row: informative for row in finetune_mvsa.ROWS[1:]}
-    split = data.stratified_split(labels, 0)
-    scores = finetune_mvsa.evaluate(features, labels, {0: split})
-    y = labels[split[2]]
-    assert scores["majority class"]["accuracy"] == [100 * accuracy_score(y, np.zeros_like(y))] == [60.0]
-    assert scores["majority class"]["weighted F1"] == [100 * f1_score(y, np.zeros_like(y), average="weighted")]
-    head, _ = finetune_mvsa.fit_head(informative, labels, *split[:2])
-    assert scores["text only"]["macro F1"] == [100 * f1_score(y, head.predict(informative[split[2]]), average="macro")]
+    labels, groups = rng.choice(3, 1000, p=[0.6, 0.1, 0.3]), np.arange(1000)
+    groups[500:600] = np.repeat(np.arange(20), 5)  # and posts 0-19 with them
+    parts = data.grouped_split(labels, groups, 0)
+    assert sorted(np.concatenate(parts)) == list(range(1000)) and [round(len(p) / 100) for p in parts] == [8, 1, 1]
+    assert all(not set(groups[a]) & set(groups[b]) for a, b in ((parts[0], parts[1]), (parts[0], parts[2]), (parts[1], parts[2])))
+    assert all(abs((labels[p] == c).mean() - (labels == c).mean()) < 0.03 for p in parts for c in range(3))
+    assert not np.array_equal(parts[2], data.grouped_split(labels, groups, 1)[2])
+
+
+def test_the_authors_protocol_pools_and_upsamples():
+    labels = np.repeat([0, 1, 2], [60, 10, 30])
+    parts = data.random_split(labels, 0)
+    assert sorted(np.concatenate(parts)) == list(range(100)) and [len(p) for p in parts] == [80, 10, 10]
+    assert not np.array_equal(parts[2], data.random_split(labels, 1)[2])
+    train = data.upsample(parts[0], labels, 0)
+    assert set(train) == set(parts[0]) and len(set(np.bincount(labels[train]))) == 1
+
+
+def test_label_counts_of_files_like_the_official_ones(tmp_path):
+    """Both files of the size of the official ones, each case as often as it is said to come in them."""
+    P, U, N = data.LABELS
+    single = {(P, P): 1400, (P, U): 700, (U, P): 583, (U, U): 470, (N, N): 600, (N, U): 400, (U, N): 358, (P, N): 200, (N, P): 158}
+    lines = [f"{text},{image}" for (text, image), count in single.items() for _ in range(count)]
+    (tmp_path / "labelResultAll.txt").write_bytes("\r\n".join(
+        ["ID\ttext,image", *(f"{i}\t{line}" for i, line in enumerate(lines, 1)), ""]).encode())
+    kept, dropped = data.read_labels(tmp_path / "labelResultAll.txt")
+    assert len(lines) == 4869 and len(kept) == 4511 and list(np.bincount(list(kept.values()))) == [2683, 470, 1358]
+    assert sum(reason.startswith("text and image") for reason in dropped.values()) == 358
+    multi = {((P, P), (P, P), (N, U)): 11000, ((P, U), (U, U), (P, N)): 320, ((U, U), (U, U), (P, N)): 4408,
+             ((N, N), (N, U), (U, N)): 1299, ((P, U), (U, U), (N, U)): 2000, ((P, P), (P, N), (P, U)): 231,
+             ((P, N), (P, N), (U, U)): 342}
+    lines = ["\t".join(f"{text},{image}" for text, image in votes) for votes, count in multi.items() for _ in range(count)]
+    (tmp_path / "labelResultAll.txt").write_text("\n".join(
+        ["ID\ttext,image\ttext,image\ttext,image", *(f"{i}\t{line}" for i, line in enumerate(lines, 1))]))
+    kept, dropped = data.read_labels(tmp_path / "labelResultAll.txt")
+    assert len(lines) == 19600 and len(kept) == 17027 and list(np.bincount(list(kept.values()))) == [11320, 4408, 1299]
+    assert sum(reason == "no majority" for reason in dropped.values()) == 2231
 
 
 def test_untrained_target_encoder_is_not_the_pretrained_one(net):
@@ -944,6 +1050,9 @@ def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained
     done = run("pretrain.py", "--eval", checkpoint, "--coco", toy / "coco", "--eval_masks", 2, "--device", "cpu")
     assert done.returncode == 0 and done.stdout.startswith(f"eval {checkpoint}"), done.stderr
     figures = json.loads((pretrained[0] / "eval.json").read_text())
+    for name, size in (("curves", (1600, 320)), ("energies", (500, 320)), ("masks", (900, 320))):
+        picture = Image.open(pretrained[0] / f"{name}.png")
+        assert picture.size == size and len(picture.convert("RGB").getcolors(1 << 24)) > 20
     assert 7 <= figures["images"] <= 8 and figures["masks"] == 2 and 0.2 < figures["auc"] < 0.8  # 4 steps teach nothing
     explained = pretrain.__doc__.replace("recall@1, @5", "recall@1 recall@5")
     assert all(name in explained for name in figures if name not in ("images", "masks"))
@@ -968,19 +1077,71 @@ def test_variants_change_what_is_trained(toy, pretrained, tmp_path):
     assert torch.equal(state["context_encoder"][key], state["target_encoder"]["encoder." + key])
 
 
+def recompute(folder, ending=""):
+    """results.json of a run, after a check that each of its scores comes out of predictions.csv by scikit-learn."""
+    results = json.loads((folder / f"results{ending}.json").read_text())
+    with open(folder / f"predictions{ending}.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    for kind, found in results["sets"].items():
+        for row, scores in found["scores"].items():
+            for n, seed in enumerate(results["seeds"]):
+                mine = [line for line in lines if (line["set"], line["row"], line["seed"]) == (kind, row, str(seed))]
+                y, p = ([line[key] for line in mine] for key in ("label", "prediction"))
+                assert scores["accuracy"][n] == pytest.approx(100 * accuracy_score(y, p))
+                assert scores["weighted F1"][n] == pytest.approx(100 * f1_score(y, p, average="weighted"))
+                assert scores["macro F1"][n] == pytest.approx(100 * f1_score(y, p, average="macro"))
+                recalls = recall_score(y, p, labels=data.LABELS, average=None, zero_division=0)
+                assert [scores["classes"][name]["recall"][n] for name in data.LABELS] == pytest.approx(list(100 * recalls))
+                for line in mine:
+                    probabilities = [float(line[name]) for name in data.LABELS]
+                    assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+                    assert probabilities[data.LABELS.index(line["prediction"])] == max(probabilities)
+            mine = [line for line in lines if (line["set"], line["row"]) == (kind, row)]
+            confusion = confusion_matrix(*([line[key] for line in mine] for key in ("label", "prediction")), labels=data.LABELS)
+            assert scores["confusion"] == confusion.tolist() and confusion.sum() == len(mine) > 0
+        for name, (difference, low, high) in found["differences"].items():
+            new, old = (np.mean(found["scores"][row]["accuracy"]) for row in name.split(" minus "))
+            if len({len(parts) for parts in found["split_hash"]}) == 1 and results["args"]["protocol"] == "standard":
+                assert difference == pytest.approx(new - old)  # all seeds test as many posts
+            assert low <= difference <= high
+    return results
+
+
 def test_finetune_end_to_end(toy, pretrained, tmp_path):
-    done = run("finetune_mvsa.py", "--checkpoint", pretrained[0] / "checkpoint.pt", "--mvsa", toy / "mvsa", "--out", tmp_path)
+    done = run("finetune_mvsa.py", "--checkpoint", pretrained[0] / "checkpoint.pt", "--mvsa", toy / "mvsa", "--out", tmp_path,
+               "--seeds", 0, 1, "--finetune_epochs", 1)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    results, rows = recompute(tmp_path), [row for rows in finetune_mvsa.ROWS.values() for row in rows]
     for kind, count in (("single", 60), ("multi", 120)):
         found = results["sets"][kind]
         assert found["posts"] == sum(found["labels"].values()) == count == sum(found["split_sizes"])
-        assert found["left_out"]["broken image"] == 1 and set(found["scores"]) == set(finetune_mvsa.ROWS)
-        assert all(len(scores["accuracy"]) == 3 for scores in found["scores"].values())
+        assert found["left_out"]["broken image"] == 1 and list(found["scores"]) == rows and len(found["differences"]) == 4
+        assert all(len(scores["accuracy"]) == 2 for scores in found["scores"].values())
+        assert len(set(found["split_hash"].values())) == 2
+    assert set(results["versions"]) == {"python", "torch", "timm", "transformers", "sklearn", "numpy"}
+    assert len(results["code"].rstrip("+")) == 40 or results["code"] == "none"
     table = (tmp_path / "results.md").read_text()
     mean = np.mean(results["sets"]["multi"]["scores"]["TI-JEPA, pretrained"]["weighted F1"])
     assert f"{mean:.2f} ±" in table and table in done.stdout and "not the paper's" in table
-    assert all(table.count(f"| {row} |") == 2 for row in finetune_mvsa.ROWS) and table.count("*reported*") == 2
+    assert all(table.count(f"| {row} |") == 2 for row in rows) and table.count("*reported*") == 2
+    assert Image.open(tmp_path / "confusion.png").size == (800, 360)
+
+
+@pytest.mark.parametrize("protocol", ["grouped", "authors"])
+def test_other_protocols_end_to_end(toy, pretrained, tmp_path, protocol):
+    done = run("finetune_mvsa.py", "--checkpoint", pretrained[0] / "checkpoint.pt", "--mvsa", toy / "mvsa", "--out", tmp_path,
+               "--seeds", 0, 1, "--mode", "probe", "--protocol", protocol)
+    assert done.returncode == 0, done.stderr
+    results = recompute(tmp_path, f"_{protocol}")
+    assert list(results["sets"]["single"]["scores"]) == list(finetune_mvsa.ROWS["probe"])
+    if protocol == "grouped":
+        assert "groups of repeated posts" in done.stdout and results["sets"]["single"]["split_notes"]["posts in them"] == 0
+    else:
+        assert results["sets"]["single"]["split_hash"] == results["sets"]["multi"]["split_hash"] and "of the pool" in done.stdout
+        assert results["sets"]["single"]["split_sizes"][1:] == [18, 18]
+        alone = run("finetune_mvsa.py", "--checkpoint", pretrained[0] / "checkpoint.pt", "--mvsa", toy / "mvsa" / "MVSA_Single",
+                    "--protocol", protocol)
+        assert alone.returncode == 2 and "pools both sets" in alone.stderr
 
 
 def test_finetune_with_one_set_and_a_published_split(toy, pretrained, tmp_path):
@@ -989,12 +1150,12 @@ def test_finetune_with_one_set_and_a_published_split(toy, pretrained, tmp_path):
     write_split(tmp_path / "split", {"train": listed[:40], "dev": listed[40:50], "test": listed[50:]})
     (tmp_path / "split").rename(tmp_path / "single")
     done = run("finetune_mvsa.py", "--checkpoint", pretrained[0] / "checkpoint.pt", "--mvsa", toy / "mvsa" / "MVSA_Single",
-               "--split", tmp_path / "single", "--out", tmp_path / "out", "--seeds", 0)
+               "--split", tmp_path / "single", "--out", tmp_path / "out", "--seeds", 0, "--mode", "probe")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["sets"]["single"]["split_sizes"] == [40, 10, 10] and list(results["sets"]) == ["single"]
     table = (tmp_path / "out" / "results.md").read_text()
-    assert table.count(f"not measured: no MVSA-Multi in {toy}") == len(finetune_mvsa.ROWS)
+    assert table.count(f"not measured: no MVSA-Multi in {toy}") == len(finetune_mvsa.ROWS["probe"])
 
 
 def test_ablation_table_is_made_from_the_runs_files(tmp_path):
@@ -1003,7 +1164,7 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
         out.mkdir()
         (out / "log.jsonl").write_text('{"loss": 9}\n{"loss": 0.25}\n')
         (out / "eval.json").write_text(json.dumps({"auc": auc, "target_std": 0.5, "target_rank": 7.0}))
-        scores = {row: {"accuracy": [60.0 + 10 * seed]} for row in finetune_mvsa.ROWS}
+        scores = {row: {"accuracy": [60.0 + 10 * seed]} for row in finetune_mvsa.ROWS["probe"]}
         sets = {kind: {"scores": scores} for kind in ("single", "multi")}
         (out / "results.json").write_text(json.dumps({"sets": sets}))
     done = run("finetune_mvsa.py", "--ablate", tmp_path)
@@ -1013,12 +1174,22 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
     assert run("finetune_mvsa.py", "--ablate", tmp_path / "none").returncode == 2  # no runs, no table
 
 
+def test_the_readmes_block_for_a_model_of_ones_own_runs(pretrained):
+    block, = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(block.splitlines()) <= 10 and "encode(" in block
+    names = {}
+    exec(block.replace("out/toy/checkpoint.pt", str(pretrained[0] / "checkpoint.pt")), names)
+    assert names["logits"].shape == (2, 10) and names["net"].predictor.mask_token.grad is None
+    names["logits"].sum().backward()
+
+
 @pytest.mark.parametrize("command, words", [
     (["pretrain.py", "--preset", "small", "--coco", "/nowhere"], ["/nowhere/train2017", "captions_train2017.json", "COCO="]),
     (["finetune_mvsa.py", "--mvsa", "/nowhere"], ["/nowhere/labelResultAll.txt", "mcrlab", "kaggle"]),
     (["data.py", "check", "--coco", "/nowhere", "--mvsa", "/nowhere"], ["/nowhere/train2017", "/nowhere/labelResultAll.txt"]),
     (["pretrain.py", "--epoch", "3"], ["unrecognized arguments"]),  # no abbreviations either
-    (["finetune_mvsa.py", "--mode", "x"], ["unrecognized arguments"]),
+    (["finetune_mvsa.py", "--mode", "x"], ["probe", "finetune"]),
+    (["finetune_mvsa.py", "--protocol", "grouped", "--split", "x"], ["standard protocol"]),
 ])
 def test_what_the_user_can_mend_exits_with_2_and_says_how(command, words):
     done = run(*command)
