@@ -56,8 +56,7 @@ import matplotlib.pyplot as plt
 # What differs between presets in training; the paper's three follow the authors' script (10,000 images, batch 10 x 60).
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, workers=8, log_every=10)
 PRESETS = {
-    # 620 steps: with the paper's 0.996, X~ would at the end still be a third what it was at the start.
-    "toy": dict(epochs=20, batch_size=32, accumulate=1, max_images=0, workers=1, log_every=50, momentum=0.98),
+    "toy": dict(epochs=20, batch_size=32, accumulate=1, max_images=0, workers=1, log_every=50),
     "tiny": dict(epochs=5, batch_size=16, accumulate=1, max_images=0, workers=1, log_every=56),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
