@@ -80,6 +80,11 @@ class LeftOut:
             print(f"left out, cannot be read: {name}", file=sys.stderr)
         names.add(name)
 
+    def add_broken(self, batch, items):
+        """Count what a RawBatch or FeatureBatch of `items` (path, texts) left out."""
+        for image in batch.left_out:
+            self.add("broken image", str(items[image][0]))
+
     def merge(self, other):
         """What both name, as another LeftOut."""
         return LeftOut({reason: self.reasons.get(reason, set()) | other.reasons.get(reason, set())
@@ -218,6 +223,11 @@ ENCODE_BATCH = 32  # fixed, so that the bytes of a cache do not depend on where 
 ON_DISK = {"float16": np.float16, "float32": np.float32, "bfloat16": np.int16}  # numpy has no bfloat16: its bits
 
 
+def first_texts(items):
+    """items: (path, texts) -> [I + 1]: the number of each item's first text, when all texts are counted through."""
+    return np.concatenate([[0], np.cumsum([len(texts) for _, texts in items])])
+
+
 class FeatureCache(Dataset):
     """What f_I and f_T say of items, in a folder: a list of draws -> FeatureBatch, as `Pictures` gives a RawBatch.
 
@@ -237,7 +247,7 @@ class FeatureCache(Dataset):
         self.folder, self.items, self.dtype = folder, items, recipe["dtype"]
         self.image_shape, self.text_shape = recipe["image_shape"], recipe["text_shape"]
         self.offsets = np.load(folder / "offsets.npy")
-        self.first = np.concatenate([[0], np.cumsum([len(texts) for _, texts in items])])  # of each image's texts
+        self.first = first_texts(items)
 
     def array(self, name, shape):
         """A file of the folder as a memory map, opened for each batch: pages that were read do not pile up as the
@@ -308,6 +318,14 @@ def feature_cache(root, items, net, dtype, workers):
     return cache
 
 
+def open_source(cache, items, net, dtype, workers):
+    """What the loops draw batches from: the FeatureCache of `items` below the folder `cache`, or their Pictures if it is
+    "off"."""
+    if cache == "off":
+        return Pictures(items, net.image_encoder.data_config)
+    return feature_cache(cache, items, net, dtype, workers)
+
+
 def make_cache(folder, pictures, net, recipe, offsets, workers):
     """Encode everything into `folder`.part, going on where an earlier call stopped, and rename it when whole."""
     part, items = folder.with_suffix(".part"), pictures.items
@@ -324,7 +342,7 @@ def make_cache(folder, pictures, net, recipe, offsets, workers):
         raise full
     print(f"{room} ({free / 1e9:.3g} GB are free)" + (f"; going on at image {images}" if images else ""))
     part.mkdir(exist_ok=True)
-    first = np.concatenate([[0], np.cumsum([len(texts) for _, texts in items])])
+    first = first_texts(items)
     starts = range(images, len(items), ENCODE_BATCH)
     chunks = [[(i, i, 0) for i in range(start, min(start + ENCODE_BATCH, len(items)))] for start in starts]
     loader = DataLoader(pictures, batch_size=None, sampler=chunks, num_workers=workers, pin_memory=net.device.type == "cuda")

@@ -110,8 +110,7 @@ class Posts:
     def __init__(self, net, posts, left_out, args):
         self.net, self.args = net, args
         items = [(post.image, [post.text]) for post in posts]
-        self.source = (data.Pictures(items, net.image_encoder.data_config) if args.cache == "off" else
-                       data.feature_cache(args.cache, items, net, args.cache_dtype, args.workers))
+        self.source = data.open_source(args.cache, items, net, args.cache_dtype, args.workers)
         self.features, kept = self.pool(range(len(posts)), left_out, posts)
         self.rows, self.posts = kept, [posts[i] for i in kept]  # index into the source, for fine-tuning
         self.labels = np.array([post.label for post in self.posts])
@@ -126,6 +125,11 @@ class Posts:
         for part, batch in zip(draws, loader):
             yield [i for i, _, _ in part], batch
 
+    def float_features(self, rows):
+        """Indices of the source -> what X~ takes, in float32: fine-tuning runs without autocast."""
+        s_image, s_text, text_mask = self.source[[(row, row, 0) for row in rows]].features(self.net)
+        return s_image.float(), s_text.float(), text_mask
+
     @torch.no_grad()
     def pool(self, rows, left_out, posts):
         """All frozen features in one pass: ({row: [P, D] array}, indices of the posts whose image can be read).
@@ -136,8 +140,7 @@ class Posts:
         encoders = {PRETRAINED: net.target_encoder, **{(UNTRAINED, seed): untrained(net, seed) for seed in self.args.seeds}}
         nothing = net.frozen(torch.zeros(1, *net.image_encoder.data_config["input_size"]), [""])
         for indices, batch in tqdm(self.batches(rows), desc="features", total=-(-len(rows) // self.args.batch_size)):
-            for i in batch.left_out:
-                left_out.add("broken image", str(posts[i].image))
+            left_out.add_broken(batch, self.source.items)
             if not batch.size:
                 continue
             kept += [i for i in indices if i not in batch.left_out]
@@ -262,9 +265,7 @@ def train_epoch(classifier, optimizer, posts, y, order, balance):
     for start in range(0, len(order), FINETUNE_BATCH):
         part = order[start:start + FINETUNE_BATCH]
         rows = [posts.rows[i] for i in part]
-        features = [value.float() if value.is_floating_point() else value
-                    for value in posts.source[[(row, row, 0) for row in rows]].features(posts.net)]
-        loss = F.cross_entropy(classifier(*features), torch.from_numpy(y[part]).to(balance.device), weight=balance)
+        loss = F.cross_entropy(classifier(*posts.float_features(rows)), torch.from_numpy(y[part]).to(balance.device), weight=balance)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
@@ -277,8 +278,7 @@ def predict(classifier, posts, part):
     classifier.eval()
     rows, probabilities = [posts.rows[i] for i in part], []
     for start in range(0, len(rows), posts.args.batch_size):
-        batch = posts.source[[(row, row, 0) for row in rows[start:start + posts.args.batch_size]]]
-        features = [value.float() if value.is_floating_point() else value for value in batch.features(posts.net)]
+        features = posts.float_features(rows[start:start + posts.args.batch_size])
         probabilities.append(classifier(*features).softmax(-1).cpu().numpy())
     return np.concatenate(probabilities)
 

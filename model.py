@@ -274,8 +274,8 @@ class Block(nn.Module):
 def init_weights(module):
     """MAE's initialisation (models_mae.py): Xavier uniform, zero biases.
 
-    Not I-JEPA's truncated normal of std 0.02: at widths of 96 and 192 that is a tenth to a third of Xavier's, and the
-    caption then hardly reaches the prediction for the first thousands of steps (README, "Does the energy mean anything?").
+    Not I-JEPA's truncated normal of std 0.02: at widths of 96 and 192 that is a fifth to a third of Xavier's, and the
+    caption then hardly reaches the prediction for the first hundreds of steps (README, "Does the energy mean anything?").
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

@@ -213,8 +213,7 @@ def next_batch(loader, items, left_out, accumulate):
     micro = []
     for _ in range(accumulate):
         part = next(loader)
-        for image in part.left_out:
-            left_out.add("broken image", str(items[image][0]))
+        left_out.add_broken(part, items)
         if part.size:
             micro.append(part)
     if not micro:
@@ -317,8 +316,7 @@ class Pairs:
 def held_out_pairs(net, source, held, left_out):
     """The held-out indices of data.Pictures or data.FeatureCache -> Pairs of each image with its first caption."""
     batch = source[[(int(i), int(i), 0) for i in held]]
-    for image in batch.left_out:
-        left_out.add("broken image", str(source.items[image][0]))
+    left_out.add_broken(batch, source.items)
     if batch.size < 2:
         raise data.DataError(f"{batch.size} held-out images can be read; a mismatched caption needs 2 (--held_out)")
     return Pairs(net, batch)
@@ -566,10 +564,7 @@ def main(argv=None):
         if args.bench:
             bench(args, dataset, train_index, net)
             return 0
-        if args.cache == "off":
-            source = data.Pictures(dataset.items, net.image_encoder.data_config)
-        else:
-            source = data.feature_cache(args.cache, dataset.items, net, args.cache_dtype, args.workers)
+        source = data.open_source(args.cache, dataset.items, net, args.cache_dtype, args.workers)
         pairs = held_out_pairs(net, source, held, dataset.left_out)
         train(args, source, train_index, pairs, net, dataset.left_out, out_dir)
         draw_curves(out_dir / "log.jsonl", out_dir / "curves.png")

@@ -204,7 +204,7 @@ def test_skipping_what_nobody_reads_changes_nothing(images):
 
 
 def test_the_caption_reaches_the_prediction_before_any_training():
-    """With I-JEPA's init of std 0.02 these widths took thousands of steps to hear the caption."""
+    """With I-JEPA's init of std 0.02 these widths took several times the steps to hear the caption."""
     torch.manual_seed(0)
     net = model.TIJEPA(replace(model.PRESETS["toy"], vocabulary=WORDS))
     pictures, masks = torch.randn(3, 3, 48, 48, generator=seeded(1)), sample_masks((6, 6), 3, seeded(0))
