@@ -432,10 +432,15 @@ def bench(args, dataset, train_index, net):
         encode = now(net.device) - clock
         raw = data.Pictures(dataset.items, net.image_encoder.data_config)
         net.train()
-        runs = [(*window(cached), *window(raw), *resident_window()) for _ in tqdm(range(BENCH_REPEATS), desc="bench")]
-        ratio = np.median([raw_s / s * n / raw_n for s, _, n, raw_s, _, raw_n, _, _ in runs])
+        runs, before = [], window(cached)
+        for _ in tqdm(range(BENCH_REPEATS), desc="bench"):
+            uncached, after = window(raw), window(cached)
+            # Against the mean of the cached windows before and after it: a machine that drifts in speed drifts in both.
+            ratio = uncached[0] / uncached[2] / np.mean([before[0] / before[2], after[0] / after[2]])
+            runs.append((*after, *uncached, ratio, *resident_window()))
+            before = after
         outside = np.median([1 - resident / loop for *_, loop, resident in runs])
-        seconds, waited, images, raw_seconds, raw_waited, raw_images, _, _ = np.median(runs, axis=0)
+        seconds, waited, images, raw_seconds, raw_waited, raw_images, ratio, _, _ = np.median(runs, axis=0)
         frozen, trained = count_flops(net, raw, cached, next(micro_batches(dataset.items, train_index, args, 1)), args.seed)
     speed, raw_speed = images / seconds, raw_images / raw_seconds
     report = {
