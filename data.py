@@ -15,9 +15,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
+import tempfile
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +47,62 @@ class DataError(Exception):
     """The data are missing or not what they should be; the message names the file and what to do."""
 
 
+def exit_code(command, mend, memory):
+    """Run command() for a script -> its exit code, with a sentence on stderr in place of a traceback where it fails in a way
+    that the user can do something about: 2 for the errors `mend`, a full or unwritable disk, and too little memory (`memory`
+    names the options to lower); 1 for a loss that is not finite; 130 for Ctrl-C."""
+    try:
+        return command()
+    except mend as error:
+        code, text = 2, error
+    except FloatingPointError as error:
+        code, text = 1, error
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted; the same command begins where the feature cache ends (pretrain.py: with --resume)"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        code, text = 2, f"{error.filename or 'a file of --out or --cache'} cannot be written: {error.strerror}; make room, or name " \
+            "another folder with --out or --cache"
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for a full GPU, and on a CPU says it in a RuntimeError
+        known = ("can't allocate memory", "DataLoader worker (pid")  # the second: the system killed it, which is why it does
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(text in str(error) for text in known):
+            raise
+        code, text = 2, f"out of memory; lower {memory}\n  ({str(error).splitlines()[0] if str(error) else 'MemoryError'})"
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+def make_folder(path, option):
+    """Make the folder that `option` names if it is not there, and return it as a Path. Raises DataError if it cannot be
+    written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return Path(path)
+    except OSError as error:
+        raise DataError(f"{option} {path} is no folder that can be written to ({error.strerror}); name another") from error
+
+
+@contextmanager
+def whole_file(path):
+    """A binary file to write under a temporary name, renamed to `path` when all of it is on the disk: whoever reads `path`
+    finds the old content or the new, at whatever moment this process or the machine stops."""
+    part = path.with_name(path.name + ".tmp")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # still there only after an error: on a full disk it would be in the way
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name, too
+    os.close(folder)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
@@ -60,11 +119,16 @@ def read_image(path, size=None):
     """Path -> RGB image. Raises one of BROKEN if it cannot be decoded to the last pixel.
 
     `size` (height, width) is what it will be scaled to: a JPEG more than twice that is decoded at a half, quarter or eighth
-    of its size, never below twice `size`, which costs a fraction and leaves the scaling enough to average over.
+    of its size, never below twice `size`, which costs a fraction and leaves the scaling enough to average over. Of an
+    animation it is the first picture; what is transparent is white.
     """
     with Image.open(path) as image:
         if size:
             image.draft(None, (2 * size[1], 2 * size[0]))  # does nothing for other formats
+        if image.mode.startswith("I"):  # 16 bits a pixel, or 16 in 32: Pillow's own conversion would clip at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
 
 
@@ -91,6 +155,7 @@ class LeftOut:
                         for reason in {**self.reasons, **other.reasons}})
 
     def counts(self):
+        """{reason: how many}"""
         return {reason: len(names) for reason, names in self.reasons.items()}
 
     def __str__(self):
@@ -110,25 +175,40 @@ def coco_paths(root):
     return images, captions
 
 
+def parse_captions(content, name):
+    """The bytes of COCO's caption file -> ({image id: file name}, {image id: captions}, ids of images that have captions but
+    are not listed). Raises DataError, with the file's `name`, for anything that is not such a file."""
+    try:
+        parsed = json.loads(content)
+        images = [(image["id"], image["file_name"]) for image in parsed["images"]]
+        notes = [(note["image_id"], note["caption"].strip()) for note in parsed["annotations"]]
+        # In Python 1 == 1.0 == True, and text that is half of a surrogate pair is no text: neither may be taken for another.
+        if not all(type(i) is int and type(text) is str and text.encode() is not None for i, text in images + notes):
+            raise TypeError("an id that is not a whole number, or a file name or caption that is not a text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{name} is not a COCO caption file: {error!r}; fetch it again: {COCO_HELP}") from error
+    files, captions = dict(images), {}
+    if len(files) < len(images):
+        raise DataError(f"{name} lists image id {Counter(i for i, _ in images).most_common(1)[0][0]} twice")
+    for image, caption in notes:
+        captions.setdefault(image, []).append(caption)
+    return files, captions, sorted(captions.keys() - files.keys())
+
+
 class CocoCaptions:
     """Images and their captions. `items[i]` is (path, captions), in the order of the image ids.
 
-    An image that is listed but not on disk, or has no caption, is counted in `left_out`. `limit` keeps the first so many
-    (0: all). Raises DataError if the annotations are not COCO's or nothing is left.
+    An image that is listed but not on disk, or has no caption, or is not listed and has one, is counted in `left_out`.
+    `limit` keeps the first so many (0: all). Raises DataError if the annotations are not COCO's or nothing is left.
     """
 
     def __init__(self, root, limit=0):
         folder, annotations = coco_paths(root)
-        try:
-            content = json.loads(annotations.read_text(encoding="utf-8"))
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-            captions = {}
-            for note in content["annotations"]:
-                captions.setdefault(note["image_id"], []).append(note["caption"].strip())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{annotations} is not a COCO caption file: {error!r}") from error
+        names, captions, unlisted = parse_captions(annotations.read_bytes(), annotations)
         on_disk = {path.name for path in folder.iterdir()}
         self.items, self.left_out = [], LeftOut()
+        for image_id in unlisted:
+            self.left_out.add("captioned image not listed", str(image_id))
         for image_id, name in sorted(names.items()):
             if name not in on_disk:
                 self.left_out.add("image not on disk", name)
@@ -138,6 +218,17 @@ class CocoCaptions:
                 self.items.append((folder / name, captions[image_id]))
         if not self.items:
             raise DataError(f"no image of {folder} has a caption in {annotations}; left out: {self.left_out}")
+
+    def read(self):
+        """What a run reads: {"images": ..., "captions": ...}, without the images that were found broken so far."""
+        broken = self.left_out.reasons.get("broken image", ())
+        whole = [texts for path, texts in self.items if str(path) not in broken]
+        return {"images": len(whole), "captions": sum(map(len, whole))}
+
+    def fingerprint(self):
+        """A hash of the file names and captions, in their order: the same if they are the same, in whatever folder."""
+        return hashlib.blake2b(json.dumps([(path.name, texts) for path, texts in self.items]).encode(),
+                               digest_size=16).hexdigest()
 
     def hold_out(self, count):
         """Indices of the items to train on, and of `count` others to measure on. Always the same ones, whatever the seed
@@ -214,6 +305,18 @@ class Pictures(Dataset):
             images.append(self.transform(picture))
             texts.append(self.items[owner][1][text])
         return RawBatch(torch.stack(images) if images else torch.empty(0, *self.size), texts, left_out)
+
+
+def make_loader(source, draws, workers, device):
+    """A DataLoader of Pictures or a FeatureCache over lists of draws, each a batch, read ahead by `workers` processes."""
+    return DataLoader(source, batch_size=None, sampler=draws, num_workers=workers, pin_memory=device.type == "cuda",
+                      worker_init_fn=leave_signals)
+
+
+def leave_signals(worker):
+    """Ctrl-C goes to every process of a terminal, but what it means is for the main one to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,7 +448,7 @@ def make_cache(folder, pictures, net, recipe, offsets, workers):
     first = first_texts(items)
     starts = range(images, len(items), ENCODE_BATCH)
     chunks = [[(i, i, 0) for i in range(start, min(start + ENCODE_BATCH, len(items)))] for start in starts]
-    loader = DataLoader(pictures, batch_size=None, sampler=chunks, num_workers=workers, pin_memory=net.device.type == "cuda")
+    loader = make_loader(pictures, chunks, workers, net.device)
     try:
         with open(part / "image.bin", "ab") as image_file, open(part / "text.bin", "ab") as text_file, \
                 tqdm(total=len(items), initial=images, desc="encode", unit="image") as bar:
@@ -368,10 +471,12 @@ def make_cache(folder, pictures, net, recipe, offsets, workers):
                     file.flush()
                     os.fsync(file.fileno())
                 broken += batch.left_out
-                write_whole(part / "progress.json", json.dumps([chunk[-1][0] + 1, broken, [f.tell() for f in files]]))
+                with whole_file(part / "progress.json") as file:
+                    file.write(json.dumps([chunk[-1][0] + 1, broken, [f.tell() for f in files]]).encode())
                 bar.update(len(chunk))
         np.save(part / "offsets.npy", offsets)
-        write_whole(part / "recipe.json", json.dumps({**recipe, "broken": broken}, indent=1))
+        with whole_file(part / "recipe.json") as file:
+            file.write(json.dumps({**recipe, "broken": broken}, indent=1).encode())
     except (OSError, DataError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOSPC:
             raise
@@ -386,15 +491,6 @@ def to_disk(tensor, dtype):
     if not tensor.isfinite().all():
         raise DataError(f"the encoders' features do not fit {dtype}; use --cache_dtype bfloat16 or float32")
     return tensor.view(torch.uint8).numpy().tobytes()
-
-
-def write_whole(path, text):
-    """Write a file under a temporary name and rename it when it is on the disk."""
-    with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,7 +518,7 @@ def find_mvsa(root):
     for labels in (path for pattern in patterns for path in sorted(root.glob(pattern))):
         if not (labels.parent / "data").is_dir():
             raise DataError(f"{labels} is there, but no folder {labels.parent / 'data'} with the posts\n  {MVSA_HELP}")
-        kind = "single" if annotators(labels) == 1 else "multi"
+        kind = "single" if annotators(labels, read_rows(labels)) == 1 else "multi"
         if kind in found:
             raise DataError(f"two folders hold MVSA-{kind}: {found[kind]} and {labels.parent}; keep one")
         found[kind] = labels.parent
@@ -433,16 +529,19 @@ def find_mvsa(root):
 
 def read_rows(labels):
     """labelResultAll.txt -> (line number, tab-separated fields) of its non-empty lines, header first."""
-    lines = labels.read_bytes().decode("utf-8-sig", errors="replace").splitlines()
+    try:
+        text = labels.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{labels} is not the label file: {error}") from error
+    lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
     return [(n, [part.strip() for part in line.split("\t")]) for n, line in enumerate(lines, start=1) if line.strip()]
 
 
-def annotators(labels):
-    """1 (Single) or 3 (Multi), from the header `ID<tab>text,image[<tab>text,image<tab>text,image]`."""
-    rows = read_rows(labels)
+def annotators(labels, rows):
+    """1 (Single) or 3 (Multi), from the header `ID<tab>text,image[<tab>text,image<tab>text,image]` in read_rows' first."""
     header = [part.lower().replace(" ", "") for part in rows[0][1]] if rows else []
     if header[:1] != ["id"] or set(header[1:]) != {"text,image"} or len(header) not in (2, 4):
-        raise DataError(f"{labels}: the first line must be ID and one or three times text,image, not {header}")
+        raise DataError(f"{labels}: the first line must be ID and one or three times text,image, not {str(header)[:100]}")
     return len(header) - 1
 
 
@@ -463,10 +562,11 @@ def combine(text, image):
 def read_labels(labels):
     """labelResultAll.txt -> ({id: label}, {id: reason}) of the posts kept and dropped. Raises DataError on anything else
     than the documented format, with the line number."""
-    count, kept, dropped = annotators(labels), {}, {}
-    for line, (post, *votes) in read_rows(labels)[1:]:
+    rows = read_rows(labels)
+    count, kept, dropped = annotators(labels, rows), {}, {}
+    for line, (post, *votes) in rows[1:]:
         votes = [tuple(word.strip().lower() for word in vote.split(",")) for vote in votes]
-        if len(votes) != count or any(len(vote) != 2 or not set(vote) <= set(LABELS) for vote in votes):
+        if not post or len(votes) != count or any(len(vote) != 2 or not set(vote) <= set(LABELS) for vote in votes):
             raise DataError(f"{labels}, line {line}: not an id and {count} times text,image with {', '.join(LABELS)}")
         if post in kept or post in dropped:
             raise DataError(f"{labels}, line {line}: id {post} is there a second time")
@@ -481,7 +581,8 @@ def read_labels(labels):
 
 def decode(content):
     """A raw post -> text. The files are a mixture of UTF-8 and GBK-family bytes; Latin-1 takes whatever is left."""
-    for encoding in ("utf-8-sig", "gb18030"):
+    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # the GBK family would read it as other words
+    for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030"):
         try:
             return content.decode(encoding).strip()
         except UnicodeDecodeError:
@@ -492,8 +593,9 @@ def decode(content):
 def load_mvsa(folder):
     """One MVSA folder -> (posts in the order of the label file, LeftOut). Images are only looked for, not decoded."""
     folder = Path(folder)
-    kind = "single" if annotators(folder / "labelResultAll.txt") == 1 else "multi"
-    kept, dropped = read_labels(folder / "labelResultAll.txt")
+    labels = folder / "labelResultAll.txt"
+    kind = "single" if annotators(labels, read_rows(labels)) == 1 else "multi"
+    kept, dropped = read_labels(labels)
     posts, left_out = [], LeftOut()
     for post, reason in dropped.items():
         left_out.add(reason, post)
@@ -504,6 +606,8 @@ def load_mvsa(folder):
             continue
         text = decode((folder / "data" / f"{post}.txt").read_bytes())
         posts.append(Post(kind, post, folder / "data" / f"{post}.jpg", text, label))
+    if not posts:
+        raise DataError(f"none of the posts of {labels} can be used; left out: {left_out}\n  {MVSA_HELP}")
     return posts, left_out
 
 
@@ -688,16 +792,19 @@ def write_toy(root, images=1100, posts=1000, seed=0):
     The same arguments give the same bytes. Does nothing if the data are there from the same arguments.
     """
     root, recipe = Path(root), json.dumps({"images": images, "posts": posts, "seed": seed})
-    done = root / "recipe.json"  # written last, so it marks a complete set
+    done = root / "recipe.json"
     if done.is_file() and done.read_text() == recipe:
         return
     if root.exists():
         raise DataError(f"{root} exists, but not as toy data of {recipe}; remove it or name another folder")
-    rng = np.random.default_rng(seed)
-    write_toy_coco(root / "coco", images, rng)
-    write_toy_mvsa(root / "mvsa" / "MVSA_Single", posts, 1, rng)
-    write_toy_mvsa(root / "mvsa" / "MVSA_Multiple", 2 * posts, 3, rng)
-    done.write_text(recipe)
+    make_folder(root.parent, "the folder above")
+    part, rng = root.with_name(root.name + ".part"), np.random.default_rng(seed)
+    shutil.rmtree(part, ignore_errors=True)  # what an earlier call that was cut off has left
+    write_toy_coco(part / "coco", images, rng)
+    write_toy_mvsa(part / "mvsa" / "MVSA_Single", posts, 1, rng)
+    write_toy_mvsa(part / "mvsa" / "MVSA_Multiple", 2 * posts, 3, rng)
+    (part / "recipe.json").write_text(recipe)
+    os.replace(part, root)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -716,22 +823,22 @@ def main(argv=None):
     check = commands.add_parser("check", help="say what data are there", formatter_class=parser.formatter_class)
     check.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
     check.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "toy":
-            write_toy(args.dir, args.images, args.posts, args.seed)
-            return 0
-        missing = []
-        for find, root in ((coco_paths, args.coco), (find_mvsa, args.mvsa)):
-            try:
-                find(root)
-            except DataError as error:
-                missing.append(str(error))
-        if missing:
-            raise DataError("\n".join(missing))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parser.parse_args(argv)), DataError, "--images or --posts")
+
+
+def run(args):
+    """The command of the parsed arguments -> exit code 0. Raises DataError for what the user can mend."""
+    if args.command == "toy":
+        write_toy(args.dir, args.images, args.posts, args.seed)
+        return 0
+    missing = []
+    for find, root in ((coco_paths, args.coco), (find_mvsa, args.mvsa)):
+        try:
+            find(root)
+        except DataError as error:
+            missing.append(str(error))
+    if missing:
+        raise DataError("\n".join(missing))
     return 0
 
 

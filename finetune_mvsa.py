@@ -43,7 +43,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -120,9 +119,7 @@ class Posts:
         """Indices of the source -> (indices, features as X~ takes them), `batch_size` at a time."""
         draws = [[(int(i), int(i), 0) for i in rows[start:start + self.args.batch_size]]
                  for start in range(0, len(rows), self.args.batch_size)]
-        loader = DataLoader(self.source, batch_size=None, sampler=draws, num_workers=self.args.workers,
-                            pin_memory=self.net.device.type == "cuda")
-        for part, batch in zip(draws, loader):
+        for part, batch in zip(draws, data.make_loader(self.source, draws, self.args.workers, self.net.device)):
             yield [i for i, _, _ in part], batch
 
     def float_features(self, rows):
@@ -494,7 +491,7 @@ def main(argv=None):
         net = model.TIJEPA.from_checkpoint(args.checkpoint)[0].to(device)
         print(f"finetune_mvsa: {args.checkpoint}, {', '.join(str(f) for f in folders.values())}, device {device}")
         results, lines = judge(net, folders, args)
-    except (data.DataError, model.EncoderError) as error:
+    except (data.DataError, model.ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     ending = "" if args.protocol == "standard" else f"_{args.protocol}"

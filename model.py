@@ -49,8 +49,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 MAX_TEXT_TOKENS = 128  # a tweet of 140 characters or a COCO caption fits with room; longer texts are cut here
 
 
-class EncoderError(ValueError):
-    """A pretrained encoder cannot be loaded or does not fit; the message names the option that mends it."""
+class ModelError(ValueError):
+    """The model cannot be had as asked for, or not on this machine; the message names what mends it."""
 
 
 @dataclass
@@ -104,7 +104,7 @@ class ImageEncoder(Frozen):
         self.vit = toy_vit() if name == "toy" else load_vit(name, weights)
         self.vit.requires_grad_(False).eval()
         if not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):
-            raise EncoderError(f"--image_encoder {name}: not a ViT with a fixed patch grid")
+            raise ModelError(f"--image_encoder {name}: not a ViT with a fixed patch grid")
         self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns) of patches; N = rows * columns
         self.dim = self.vit.num_features
         config = timm.data.resolve_model_data_config(self.vit)
@@ -117,7 +117,7 @@ class ImageEncoder(Frozen):
         tokens = self.vit.forward_features(images)  # [B, prefix + N, D_I]
         tokens = tokens[:, getattr(self.vit, "num_prefix_tokens", 0):]
         if tokens.ndim != 3 or tokens.shape[1] != self.grid[0] * self.grid[1]:  # a Swin has a patch grid, but merges it
-            raise EncoderError(f"--image_encoder gives {list(tokens.shape)}, not one token for each of {self.grid} patches")
+            raise ModelError(f"--image_encoder gives {list(tokens.shape)}, not one token for each of {self.grid} patches")
         return tokens
 
 
@@ -132,30 +132,30 @@ def toy_vit():
 def load_vit(name, weights):
     """Build a timm ViT with its pretrained weights, or with those of the file `weights`.
 
-    timm's own converter for the architecture reads the file, so I-JEPA's `.pth.tar` works too. Raises EncoderError if
+    timm's own converter for the architecture reads the file, so I-JEPA's `.pth.tar` works too. Raises ModelError if
     the name is unknown, the hub cannot be reached, or a key is missing or left over (the classifier's excepted).
     """
     try:
         vit = timm.create_model(name, pretrained=not weights, num_classes=0)
     except OSError as error:  # the hub's and urllib's connection errors are OSErrors
-        raise EncoderError(f"--image_encoder {name}: its weights cannot be downloaded ({error}). "
-                           "Give a local file with --image_weights FILE") from error
+        raise ModelError(f"--image_encoder {name}: its weights cannot be downloaded ({error}). "
+                         "Give a local file with --image_weights FILE") from error
     except RuntimeError as error:  # timm: unknown model, or no pretrained weights exist for it
-        raise EncoderError(f"--image_encoder {name}: {error}") from error
+        raise ModelError(f"--image_encoder {name}: {error}") from error
     if not weights:
         return vit
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     try:
         keys = load_checkpoint(vit, weights, strict=False, filter_fn=convert)
     except (OSError, RuntimeError) as error:  # no such file; not a checkpoint; a tensor of another shape
-        raise EncoderError(f"--image_weights {weights} does not load into {name}: {error}") from error
+        raise ModelError(f"--image_weights {weights} does not load into {name}: {error}") from error
     if keys is not None:  # None: timm's npz reader, which raises on what does not fit
         head = vit.pretrained_cfg.get("classifier") or ()  # f_I has none: its weights in the file may be left over
         head = tuple(f"{part}." for part in ([head] if isinstance(head, str) else head))
         unexpected = [key for key in keys.unexpected_keys if not (head and key.startswith(head))]
         if keys.missing_keys or unexpected:
-            raise EncoderError(f"--image_weights {weights} does not fit {name}: missing keys {keys.missing_keys}, "
-                               f"unexpected keys {unexpected}")
+            raise ModelError(f"--image_weights {weights} does not fit {name}: missing keys {keys.missing_keys}, "
+                             f"unexpected keys {unexpected}")
     return vit
 
 
@@ -203,20 +203,20 @@ def toy_bert(vocabulary):
 
 
 def load_text_encoder(name):
-    """AutoTokenizer and AutoModel from a hub name or a folder. Raises EncoderError if either cannot be had or a weight
+    """AutoTokenizer and AutoModel from a hub name or a folder. Raises ModelError if either cannot be had or a weight
     of the encoder is missing from the checkpoint (transformers would fill it at random with only a warning)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         # Some checkpoints are stored in half precision, which X's float32 weights could not be multiplied with.
         model, info = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:  # unreachable or no such folder; unknown architecture or files
-        raise EncoderError(f"--text_encoder {name} cannot be loaded: {error}\nGive the folder of a downloaded model "
-                           "with --text_encoder PATH") from error
+        raise ModelError(f"--text_encoder {name} cannot be loaded: {error}\nGive the folder of a downloaded model "
+                         "with --text_encoder PATH") from error
     # The pooler works on the class token after the last layer; s_T is the token states below it.
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     if missing or info["mismatched_keys"]:
-        raise EncoderError(f"--text_encoder {name}: missing keys {missing}, keys of another shape "
-                           f"{sorted(info['mismatched_keys'])}, unexpected keys {sorted(info['unexpected_keys'])}")
+        raise ModelError(f"--text_encoder {name}: missing keys {missing}, keys of another shape "
+                         f"{sorted(info['mismatched_keys'])}, unexpected keys {sorted(info['unexpected_keys'])}")
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     if tokenizer.pad_token is None:
@@ -234,7 +234,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"{heads} attention heads do not divide the width {dim}")
+            raise ModelError(f"heads={heads} do not divide the width dim={dim}: change one of the two in the Config")
         self.heads = heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
@@ -316,10 +316,10 @@ class TargetEncoder(Frozen):
 def sincos_2d(grid, dim):
     """Fixed 2-D sine-cosine positions (I-JEPA's pos_embs.py): half of `dim` tells the row, half the column.
 
-    grid (rows, columns) -> [rows * columns, dim], raster order. Raises ValueError unless dim is a multiple of 4.
+    grid (rows, columns) -> [rows * columns, dim], raster order. Raises ModelError unless dim is a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"2-D sin-cos positions need a width that is a multiple of 4, not {dim}")
+        raise ModelError(f"2-D sin-cos positions need a width that is a multiple of 4, not predictor_dim={dim}")
     frequency = 10000.0 ** (-torch.arange(dim // 4) / (dim / 4))
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]  # 2 x [N, dim/4]
@@ -394,7 +394,7 @@ def sample_masks(grid, batch, generator, blocks=4, target_area=(0.15, 0.2), targ
     The block sizes are drawn once per batch and the context is cut to the smallest of the batch, so that all tensors are
     rectangular. The cut drops patches at random: in raster order it would always be the bottom rows. Areas are shares
     of the grid, the aspect is height / width relative to the grid's. The same (grid, batch, generator state) gives the
-    same masks. Raises ValueError for a grid with nothing left to see beside a target block.
+    same masks. Raises ModelError for a grid with nothing left to see beside a target block.
     """
     rows, columns = grid
     N = rows * columns
@@ -402,7 +402,7 @@ def sample_masks(grid, batch, generator, blocks=4, target_area=(0.15, 0.2), targ
     context_h, context_w = block_size(grid, context_area, (1.0, 1.0), generator)
     minimum = max(1, N // 10)  # fewer visible patches than this, and the image's masks are drawn again
     if N - h * w < minimum:
-        raise ValueError(f"a {rows} x {columns} patch grid is too small for block masks")
+        raise ModelError(f"a {rows} x {columns} patch grid is too small for block masks: take an --image_encoder with more patches")
 
     def corners(count, height, width):  # of blocks that may touch every edge: 2 x [batch, count]
         return (torch.randint(rows - height + 1, (batch, count), generator=generator),
@@ -491,13 +491,14 @@ class TIJEPA(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.loss not in ("mse", "smooth_l1"):
-            raise ValueError(f'loss must be "mse" or "smooth_l1", not "{config.loss}"')
+            raise ModelError(f'loss must be "mse" or "smooth_l1", not "{config.loss}"')
         if config.target not in ("ema", "image"):
-            raise ValueError(f'target must be "ema" or "image", not "{config.target}"')
+            raise ModelError(f'target must be "ema" or "image", not "{config.target}"')
         self.config = config
         self.image_encoder = ImageEncoder(config.image_encoder, config.image_weights)
         self.text_encoder = TextEncoder(config.text_encoder, config.vocabulary)
         self.grid = self.image_encoder.grid
+        sample_masks(self.grid, 1, torch.Generator())  # a grid too small is refused here, before anything is encoded
         self.context_encoder = FusionEncoder(self.image_encoder.dim, self.text_encoder.dim, config.dim, config.depth,
                                              config.heads, config.self_attention)
         self.target_encoder = TargetEncoder(self.context_encoder)
@@ -522,7 +523,12 @@ class TIJEPA(nn.Module):
 
     @torch.no_grad()
     def frozen_image(self, images):
-        """f_I: images [B, 3, H, W] -> s_image [B, N, D_I]; 64 at a time, so that a held-out set of any size fits."""
+        """f_I: images [B, 3, H, W] -> s_image [B, N, D_I]; 64 at a time, so that a held-out set of any size fits. Raises
+        ModelError if H and W are not the encoder's."""
+        size = self.image_encoder.data_config["input_size"]
+        if tuple(images.shape[1:]) != size:
+            raise ModelError(f"images of {list(images.shape[1:])}, where {self.config.image_encoder} takes {list(size)}: prepare "
+                             "them with data.image_transform(model.image_encoder.data_config)")
         with autocast(self.device):
             return torch.cat([self.image_encoder(part.to(self.device, non_blocking=True)) for part in images.split(64)])
 
@@ -583,16 +589,10 @@ class TIJEPA(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path):
-        """A file of pretrain.py -> (TIJEPA in eval mode, everything in the file). Raises EncoderError if it is not one.
-
-        `weights_only`: loading cannot run code from the file.
-        """
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            net = cls(Config(**checkpoint["config"]))
-            net.load_trained_state(checkpoint["model"])
-        except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            raise EncoderError(f"{path} is not a checkpoint of pretrain.py: {error!r}") from error
+        """A file of pretrain.py -> (TIJEPA in eval mode, everything in the file). Raises ModelError if it is not one."""
+        checkpoint = load_checkpoint_file(path)
+        net = cls(Config(**checkpoint["config"]))
+        net.load_trained_state(checkpoint["model"])
         return net.eval(), checkpoint
 
     def fingerprint(self):
@@ -609,9 +609,24 @@ class TIJEPA(nn.Module):
         return {name: getattr(self, name).state_dict() for name in ("context_encoder", "target_encoder", "predictor")}
 
     def load_trained_state(self, state):
-        """Load what `trained_state` gave. Raises RuntimeError naming the keys if it is of another architecture."""
-        for name in ("context_encoder", "target_encoder", "predictor"):
-            getattr(self, name).load_state_dict(state[name])
+        """Load what `trained_state` gave. Raises ModelError naming the keys if it is of another architecture."""
+        try:
+            for name in ("context_encoder", "target_encoder", "predictor"):
+                getattr(self, name).load_state_dict(state[name])
+        except (RuntimeError, KeyError) as error:
+            raise ModelError(f"the checkpoint's weights are not of the architecture of its config: {error}") from error
+
+
+def load_checkpoint_file(path):
+    """A file of pretrain.py -> the dict in it, on the CPU. Raises ModelError if it is not one. `weights_only`: loading
+    cannot run code from the file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        Config(**checkpoint["config"]), checkpoint["model"], checkpoint["args"]["held_out"], checkpoint["step"]
+    except (OSError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ModelError(f"{path} is not a whole checkpoint of pretrain.py: {reason}") from error
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -619,10 +634,17 @@ class TIJEPA(nn.Module):
 
 
 def choose_device(name="auto"):
-    """"auto" -> cuda, mps or cpu, the first there is; any other name is taken as torch takes it."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """"auto" -> cuda, mps or cpu, the first there is; any other name is taken as torch takes it. Raises ModelError if this
+    machine has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ModelError(f"--device {name} cannot be had here ({str(error).splitlines()[0]}); --device auto takes what there "
+                         "is") from error
+    return device
 
 
 def amp_dtype(device):

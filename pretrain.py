@@ -1,11 +1,13 @@
 """Pretrain TI-JEPA on COCO captions: one hand-written loop. And measure whether its energy means anything.
 
-    python pretrain.py --preset toy --coco data/toy/coco --out out/toy
+    python pretrain.py --preset toy --coco data/toy/coco --out out/toy --resume
+    torchrun --nproc_per_node=4 pretrain.py --preset small --coco /data/coco --out out/small --resume
     python pretrain.py --eval out/toy/checkpoint.pt --coco data/toy/coco
     python pretrain.py --eval out/toy/checkpoint.pt --image a.jpg --captions "red bars ..." "navy tiles ..."
 
-The first writes OUT/checkpoint.pt (weights of X, X~ and g, with the config they were trained by) and OUT/log.jsonl, one
-line of numbers per --log_every steps. Of the training:
+The first writes OUT/checkpoint.pt (weights of X, X~ and g, the config they were trained by, and all else that going on
+needs: --resume goes on from there, to the same weights and the same log as without the break) and OUT/log.jsonl, one line
+of numbers per --log_every steps. Of the training:
 
     step, epoch      optimiser steps and passes over the images done
     loss             mean of the loss since the last line. Not evidence of learning: it also falls in a collapse
@@ -13,6 +15,7 @@ line of numbers per --log_every steps. Of the training:
     grad_norm        norm of all gradients before clipping, of this step
     images_per_s     images trained on per second since the last line
     data_wait        share of that time spent waiting for data
+    read, left_out   images and captions in use, and how many were left out so far, by reason
 
 and of the held-out images, with the same masks each time (these are the evidence):
 
@@ -34,6 +37,7 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -43,7 +47,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -60,6 +65,18 @@ PRESETS = {
     "tiny": dict(epochs=5, batch_size=16, accumulate=1, max_images=0, workers=1, log_every=56),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
+# Options that --resume may find changed: where things are and how fast, not what is computed
+FREE = {"out", "coco", "device", "workers", "cache", "accumulate", "compile", "resume", "bench", "eval", "eval_masks", "image",
+        "captions"}
+
+
+def count(least):
+    """An argparse type: a whole number of at least `least`."""
+    def parse(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+    return parse
 
 
 def parse_args(argv=None):
@@ -82,11 +99,11 @@ def parse_args(argv=None):
     add("--vicreg", type=float, default=config.vicreg, help="weight of VICReg's variance-covariance term on X's output, "
         "taken over each micro-batch")
     add("--shuffle_captions", action="store_true", help="control: give each image the caption of another while training")
-    add("--epochs", type=int, default=None, help="passes over the images")
-    add("--max_images", type=int, default=None, help="use the first so many images (0: all)")
-    add("--held_out", type=int, default=100, help="images of these that are not trained on but measured on")
-    add("--batch_size", type=int, default=None, help="images per optimiser step")
-    add("--accumulate", type=int, default=None, help="micro-batches a batch is split into; same result, less memory")
+    add("--epochs", type=count(1), default=None, help="passes over the images")
+    add("--max_images", type=count(0), default=None, help="use the first so many images (0: all)")
+    add("--held_out", type=count(2), default=100, help="images of these that are not trained on but measured on")
+    add("--batch_size", type=count(1), default=None, help="images per optimiser step")
+    add("--accumulate", type=count(1), default=None, help="micro-batches a batch is split into; same result, less memory")
     add("--start_lr", type=float, default=2e-4, help="learning rate at the start of the warm-up")
     add("--lr", type=float, default=1e-3, help="learning rate at its end")
     add("--final_lr", type=float, default=1e-6, help="learning rate at the last step")
@@ -98,15 +115,16 @@ def parse_args(argv=None):
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--seed", type=int, default=0, help="of the weights, the order, the captions and the masks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--workers", type=int, default=None, help="processes that decode images or read the cache")
+    add("--workers", type=count(0), default=None, help="processes that decode images or read the cache")
     add("--cache", default="data/cache", metavar="DIR|off", help="where what the frozen encoders say is kept; off: encode "
         "every image again each time it is drawn")
     add("--cache_dtype", choices=list(data.ON_DISK), default="float16", help="of the cached features")
     add("--compile", action="store_true", help="torch.compile the trained half (minutes at the start; for CUDA)")
-    add("--log_every", type=int, default=None, help="steps between log lines")
+    add("--log_every", type=count(1), default=None, help="steps between log lines")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt if it is there")
     add("--bench", action="store_true", help="do not train: measure speed, with and without the cache")
     add("--eval", default="", metavar="CHECKPOINT", help="do not train: measure this checkpoint's energies")
-    add("--eval_masks", type=int, default=2, help="with --eval: masks each energy is averaged over")
+    add("--eval_masks", type=count(1), default=2, help="with --eval: masks each energy is averaged over")
     add("--image", default="", help="with --eval and --captions: one image file")
     add("--captions", nargs="+", default=[], help="with --eval and --image: print their energies, lowest first")
     parser.set_defaults(**PRESETS[preset])
@@ -137,16 +155,14 @@ def warmup_cosine(step, total, warmup, start, peak, final):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_model(args, captions):
-    """TIJEPA by the arguments. `captions` give the toy text encoder its words; no other encoder looks at them."""
+def make_config(args, captions):
+    """The model's Config by the arguments. `captions` give the toy text encoder its words; no other looks at them."""
     words = sorted({word for caption in captions for word in caption.lower().split()})
-    local = {name: str(Path(path).resolve()) if path and Path(path).exists() else path  # valid from any folder later
-             for name, path in (("image_weights", args.image_weights), ("text_encoder", args.text_encoder))}
-    config = replace(model.PRESETS[args.preset], image_encoder=args.image_encoder, self_attention=args.self_attention,
-                     loss=args.loss, target=args.target, vicreg=args.vicreg,
-                     vocabulary=words if args.text_encoder == "toy" else [], **local)
-    torch.manual_seed(args.seed)
-    return model.TIJEPA(config)
+    local = {name: str(Path(path).resolve()) if path not in ("", "toy") and Path(path).exists() else path
+             for name, path in (("image_weights", args.image_weights), ("text_encoder", args.text_encoder))}  # for any folder
+    return replace(model.PRESETS[args.preset], image_encoder=args.image_encoder, self_attention=args.self_attention,
+                   loss=args.loss, target=args.target, vicreg=args.vicreg,
+                   vocabulary=words if args.text_encoder == "toy" else [], **local)
 
 
 def build_optimizer(net, device):
@@ -156,45 +172,114 @@ def build_optimizer(net, device):
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=device.type == "cuda")
 
 
-def micro_batches(items, train, args, steps):
-    """The draws of every micro-batch of the run, see data.epoch_batches: `accumulate` of them make a step."""
-    epoch, done = 0, 0
-    while done < steps:
-        for batch in data.epoch_batches(items, train, args.batch_size, args.seed, epoch):
-            for part in np.array_split(np.array(batch), args.accumulate):
-                if args.shuffle_captions:
-                    part = np.column_stack([part[:, 0], np.roll(part[:, 1:], -1, axis=0)])
-                yield [tuple(draw) for draw in part.tolist()]
-            done += 1
-        epoch += 1
+class Ranks:
+    """The processes that torchrun started, one for each GPU; or this process alone.
+
+    Each trains on its share of every batch, and DistributedDataParallel averages the gradients. What is exchanged beside
+    them goes by gloo, from CPU to CPU, so that no process waits for its GPU.
+    """
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.master = self.rank == 0  # the one that writes files and prints
+
+    def start(self, name):
+        """The device of this process by the option --device; joins the other processes, if there are any."""
+        device = model.choose_device(name)
+        if self.size > 1:
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            if not self.master:
+                sys.stdout = open(os.devnull, "w")
+        return device
+
+    def gather(self, *numbers):
+        """Whole numbers of this process -> those of all [size, numbers], in the order of the ranks."""
+        every = [torch.tensor(numbers) for _ in range(self.size)]
+        if self.size > 1:
+            dist.all_gather(every, torch.tensor(numbers))
+        return torch.stack(every)
+
+    def sum(self, values):
+        """A tensor on the CPU -> its sum over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def merge(self, left_out):
+        """Add to `left_out` what the other processes have left out."""
+        every = [left_out.reasons] * self.size
+        if self.size > 1:
+            dist.all_gather_object(every, left_out.reasons)
+        for reasons in every:
+            left_out.reasons = left_out.merge(data.LeftOut(reasons)).reasons
 
 
-def make_loader(source, train, args, steps, device):
-    """The micro-batches of `steps` steps, from data.Pictures or data.FeatureCache, read ahead by the workers.
+class Stop:
+    """Inside this context Ctrl-C and SIGTERM only set `signal`, for the loop to see after its step; a second Ctrl-C ends
+    the process at once."""
+
+    def __enter__(self):
+        self.signal, self.before = 0, {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def micro_batches(items, train, args, first, steps, ranks):
+    """The draws of every micro-batch that this process trains on, from step `first` on, see data.epoch_batches.
+
+    The batch is split into `accumulate` parts, or as many more as the processes can share evenly.
+    """
+    per_epoch, parts = len(train) // args.batch_size, -(-args.accumulate // ranks.size)  # parts: of each process
+    for step in range(first, steps):
+        epoch, number = divmod(step, per_epoch)
+        if number == 0 or step == first:
+            batches = data.epoch_batches(items, train, args.batch_size, args.seed, epoch)
+        batch = np.array(batches[number])
+        if args.shuffle_captions:
+            batch = np.column_stack([batch[:, 0], np.roll(batch[:, 1:], -1, axis=0)])
+        for part in np.array_split(batch, parts * ranks.size)[parts * ranks.rank:parts * (ranks.rank + 1)]:
+            yield [tuple(draw) for draw in part.tolist()]
+
+
+def make_loader(source, draws, workers, device):
+    """The micro-batches of the `draws` from data.Pictures or data.FeatureCache, read ahead by the workers.
 
     On a CPU the cache is read in the loop: that is 1 % of a step there, and a worker would take 5 % from its cores.
     """
-    workers = 0 if device.type == "cpu" and isinstance(source, data.FeatureCache) else args.workers
-    return DataLoader(source, batch_size=None, sampler=micro_batches(source.items, train, args, steps),
-                      num_workers=workers, pin_memory=device.type == "cuda")
+    return data.make_loader(source, draws, 0 if device.type == "cpu" and isinstance(source, data.FeatureCache) else workers,
+                            device)
 
 
-def train_step(net, trained_half, optimizer, scaler, micro, masks, clip):
-    """One optimiser step on a list of micro-batches that together are the batch. `trained_half` is net, or net compiled.
+def train_step(net, trained_half, optimizer, scaler, micro, masks, clip, share=1.0):
+    """One optimiser step on a list of micro-batches, with their masks. `trained_half` is net, net compiled, or that in
+    DistributedDataParallel.
 
-    Each micro-batch counts by its number of images, so the gradient is that of the whole batch at once. Returns the
-    loss [] and the gradient norm [], both still on the device, so that nothing waits.
+    Each micro-batch counts by its number of images, so the gradient is that of the whole batch at once. With several
+    processes, `share` is the number of images here over its mean: the gradients are averaged over the processes. Returns
+    the mean loss [] of the images here and the gradient norm [], both still on the device, so that nothing waits.
     """
     optimizer.zero_grad(set_to_none=True)
-    batch, start, loss = len(masks.context), 0, 0.0
+    images, start, loss = len(masks.context), 0, 0.0
     for part in micro:
         features = part.features(net)  # from the cache, or f_I and f_T run here
         part_masks = masks.part(start, start + part.size)
+        if isinstance(trained_half, DistributedDataParallel):
+            trained_half.require_backward_grad_sync = part is micro[-1]  # once a step (nanoGPT's way)
         with model.autocast(net.device):
             out = trained_half(*features, part_masks)
-        share = out.loss * part.size / batch
-        scaler.scale(share).backward()
-        loss, start = loss + share.detach(), start + part.size
+        weighted = out.loss * part.size / images
+        scaler.scale(weighted * share).backward()
+        loss, start = loss + weighted.detach(), start + part.size
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     scaler.step(optimizer)
@@ -202,16 +287,10 @@ def train_step(net, trained_half, optimizer, scaler, micro, masks, clip):
     return loss, norm
 
 
-def save(path, content):
-    """Write a checkpoint under a temporary name and rename it when whole."""
-    torch.save(content, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def next_batch(loader, items, left_out, accumulate):
-    """The next `accumulate` micro-batches as a list, and their images; broken images are counted and left out."""
+def next_batch(loader, items, left_out, parts):
+    """The next `parts` micro-batches as a list, and their images; broken images are counted and left out."""
     micro = []
-    for _ in range(accumulate):
+    for _ in range(parts):
         part = next(loader)
         left_out.add_broken(part, items)
         if part.size:
@@ -224,17 +303,22 @@ def next_batch(loader, items, left_out, accumulate):
 class Trainer:
     """Everything one optimiser step needs, so that train and bench run the same one."""
 
-    def __init__(self, args, net, source, train, steps, left_out):
+    def __init__(self, args, net, source, train, first, steps, left_out, ranks):
         self.args, self.net, self.steps, self.source, self.left_out = args, net, steps, source, left_out
+        self.ranks, self.parts = ranks, -(-args.accumulate // ranks.size)
         self.optimizer = build_optimizer(net, net.device)
         self.scaler = torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
         # Masks and captions differ in length from batch to batch: compiled once for all sizes.
         self.trained_half = torch.compile(net, dynamic=True) if args.compile else net
-        self.loader = iter(make_loader(source, train, args, steps, net.device))
+        if ranks.size > 1:
+            self.trained_half = DistributedDataParallel(self.trained_half, broadcast_buffers=False)
+        self.loader = iter(make_loader(source, micro_batches(source.items, train, args, first, steps, ranks), args.workers,
+                                       net.device))
         self.waited = 0.0  # seconds spent waiting for data
 
-    def prepare(self, step):
-        """The micro-batches, the masks and the schedules of step number `step`; masks and schedules depend on it alone."""
+    def prepare(self, step, stop=0):
+        """The micro-batches of step number `step`, their masks, the number of images in the whole batch, the schedules, and
+        whether any process was asked to `stop`. Masks and schedules depend on the step alone."""
         args, steps = self.args, self.steps
         lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
         wd = cosine(step, steps, args.start_wd, args.final_wd)
@@ -242,15 +326,49 @@ class Trainer:
             group["lr"], group["weight_decay"] = lr, decay
         self.momentum = linear(step, steps, args.momentum, args.final_momentum)
         clock = time.perf_counter()
-        micro, images = next_batch(self.loader, self.source.items, self.left_out, args.accumulate)
+        micro, images = next_batch(self.loader, self.source.items, self.left_out, self.parts)
+        every, stops = self.ranks.gather(images, stop).T  # [size], [size]
         self.waited += time.perf_counter() - clock
-        return micro, step_masks(self.net, args.seed, step, images), dict(lr=lr, wd=wd, momentum=self.momentum)
+        before, whole = int(every[:self.ranks.rank].sum()), int(every.sum())
+        masks = step_masks(self.net, args.seed, step, whole).part(before, before + images)
+        return micro, masks, whole, dict(lr=lr, wd=wd, momentum=self.momentum), int(stops.max())
 
-    def update(self, micro, masks):
-        """One optimiser step and one EMA step -> loss [] and gradient norm []."""
-        figures = train_step(self.net, self.trained_half, self.optimizer, self.scaler, micro, masks, self.args.clip)
+    def update(self, micro, masks, images):
+        """One optimiser step and one EMA step -> this process's part of the mean loss of the `images` of the batch [], and
+        the gradient norm []."""
+        share = len(masks.context) * self.ranks.size / images
+        loss, norm = train_step(self.net, self.trained_half, self.optimizer, self.scaler, micro, masks, self.args.clip, share)
         self.net.update_target(self.momentum)
-        return figures
+        return loss * share / self.ranks.size, norm
+
+    def save(self, path, step, identity, losses, images, log):
+        """Write all that the rest of the run depends on after `step` steps, `losses` and `images` being those of the log
+        line under way. Data, captions and masks are functions of the seed and the step: they need no more than these."""
+        losses = whole_losses(self.ranks, losses, step)
+        self.ranks.merge(self.left_out)
+        if not self.ranks.master:
+            return
+        os.fsync(log.fileno())  # a checkpoint must not be newer than its log
+        cuda = self.net.device.type == "cuda"
+        with data.whole_file(path) as file:
+            torch.save({"config": asdict(self.net.config), "args": vars(self.args), **identity, "step": step,
+                        "model": self.net.trained_state(), "optimizer": self.optimizer.state_dict(),
+                        "scaler": self.scaler.state_dict(), "losses": losses, "images": images, "log_bytes": log.tell(),
+                        "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if cuda else []},
+                        "left_out": {reason: sorted(names) for reason, names in self.left_out.reasons.items()}}, file)
+
+    def load(self, checkpoint):
+        """Go on from what `save` wrote -> (losses, images) of the log line under way."""
+        self.net.load_trained_state(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if checkpoint["random"]["cuda"] and self.net.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"][0])
+        before = data.LeftOut({reason: set(names) for reason, names in checkpoint["left_out"].items()})
+        self.left_out.reasons = self.left_out.merge(before).reasons
+        losses = checkpoint["losses"].to(self.net.device) * self.ranks.master  # they are of all processes
+        return list(losses), checkpoint["images"]
 
 
 def step_masks(net, seed, step, images):
@@ -259,40 +377,76 @@ def step_masks(net, seed, step, images):
     return masks.pin_memory().to(net.device) if net.device.type == "cuda" else masks
 
 
-def train(args, source, train_index, pairs, net, left_out, out_dir):
-    """The loop. Raises FloatingPointError on a loss that is not finite (looked at when a line is logged)."""
-    steps_per_epoch = len(data.epoch_batches(source.items, train_index, args.batch_size, args.seed, 0))
-    steps, saved_epoch = args.epochs * steps_per_epoch, 0
-    trainer = Trainer(args, net, source, train_index, steps, left_out)
+def train(trainer, pairs, out_dir, dataset, identity, checkpoint, per_epoch):
+    """The loop, from the start or from `checkpoint`. Returns 0 at its end, or the number of the signal that stopped it.
+    Raises FloatingPointError on a loss that is not finite (looked at when a line is logged or a checkpoint written)."""
+    args, net, ranks, steps = trainer.args, trainer.net, trainer.ranks, trainer.steps
+    first, losses, images, log_bytes = 0, [], 0, 0
+    if checkpoint:
+        first, log_bytes = checkpoint["step"], checkpoint["log_bytes"]
+        losses, images = trainer.load(checkpoint)
+    saved_epoch, clock, images_before = first // per_epoch, time.time(), images
     net.train()
-    losses, images, clock = [], 0, time.time()
-    with open(out_dir / "log.jsonl", "w", encoding="utf-8") as log:
-        for step in tqdm(range(steps), desc="pretrain"):
-            micro, masks, schedules = trainer.prepare(step)
-            loss, norm = trainer.update(micro, masks)
-            losses, images, done = [*losses, loss], images + len(masks.context), step + 1
+    with open_log(out_dir / "log.jsonl", log_bytes, ranks.master) as log, Stop() as stop:
+        for step in tqdm(range(first, steps), initial=first, total=steps, desc="pretrain", disable=not ranks.master):
+            micro, masks, batch, schedules, stopped = trainer.prepare(step, stop.signal)
+            if stopped:
+                trainer.save(out_dir / "checkpoint.pt", step, identity, losses, images, log)
+                print(f"pretrain: stopped after step {step} of {steps}; the same command with --resume goes on from there")
+                return stopped
+            loss, norm = trainer.update(micro, masks, batch)
+            losses, images, done = [*losses, loss], images + batch, step + 1
             if done % args.log_every and done < steps:
                 continue
-            loss, seconds = mean_loss(losses, done), time.time() - clock
-            line = dict(step=done, epoch=done / steps_per_epoch, loss=loss, **schedules, grad_norm=norm.item(),
-                        images_per_s=images / seconds, data_wait=trainer.waited / seconds, **monitor(net, pairs))
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-            if done // steps_per_epoch > saved_epoch:  # only here, where the losses are known to be finite
-                saved_epoch = done // steps_per_epoch
-                save(out_dir / "checkpoint.pt", {"config": asdict(net.config), "args": vars(args), "step": done,
-                                                 "model": net.trained_state(), "left_out": left_out.counts()})
-            losses, images, trainer.waited, clock = [], 0, 0.0, time.time()
+            loss, seconds = whole_losses(ranks, losses, done).mean().item(), time.time() - clock
+            ranks.merge(trainer.left_out)
+            if ranks.master:
+                line = dict(step=done, epoch=done / per_epoch, loss=loss, **schedules, grad_norm=norm.item(),
+                            images_per_s=(images - images_before) / seconds, data_wait=trainer.waited / seconds,
+                            **monitor(net, pairs))
+                tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+                log.write((json.dumps({**line, "read": dataset.read(), "left_out": dataset.left_out.counts()}) + "\n").encode())
+                log.flush()
+            losses, images, images_before, trainer.waited, clock = [], 0, 0, 0.0, time.time()
+            if done // per_epoch > saved_epoch:  # only here, where the losses are known to be finite
+                saved_epoch = done // per_epoch
+                trainer.save(out_dir / "checkpoint.pt", done, identity, losses, images, log)
+    return 0
 
 
-def mean_loss(losses, done):
-    """Losses [] of the last steps up to step `done` -> their mean. Raises FloatingPointError if one is not finite."""
-    values = torch.stack(losses).float().cpu()  # the only place where the host waits for the device
+def open_log(path, size, master):
+    """log.jsonl to append to after its first `size` bytes: what follows was logged after the checkpoint, and comes again."""
+    if not master:
+        return open(os.devnull, "ab")
+    log = open(path, "ab")
+    log.truncate(min(size, log.seek(0, os.SEEK_END)))
+    log.seek(0, os.SEEK_END)
+    return log
+
+
+def whole_losses(ranks, losses, done):
+    """Each process's parts [] of the losses of the last steps, up to step `done` -> the losses [steps], on the CPU. Raises
+    FloatingPointError if one is not finite."""
+    values = ranks.sum(torch.tensor([]) if not losses else torch.stack(losses).float().cpu())  # the only wait for the device
     if not values.isfinite().all():
         bad = int((~values.isfinite()).nonzero()[0])
         raise FloatingPointError(f"the loss of step {done - len(losses) + 1 + bad} is {values[bad]}; lower --lr or --clip")
-    return values.mean().item()
+    return values
+
+
+def find_checkpoint(path, args, config, identity):
+    """What --resume goes on from, or None if there is nothing yet. Raises DataError naming what is not as it was then."""
+    if not path.exists():
+        return None
+    checkpoint = model.load_checkpoint_file(path)
+    pairs = [(f"--{key}", checkpoint["args"].get(key), value) for key, value in vars(args).items() if key not in FREE]
+    pairs += [(key, checkpoint["config"].get(key), value) for key, value in asdict(config).items() if key not in vars(args)]
+    pairs += [(key, checkpoint.get(key), value) for key, value in identity.items()]
+    differs = [f"{key} (then {str(old)[:60]}, now {str(new)[:60]})" for key, old, new in pairs if old != new]
+    if differs:
+        raise data.DataError(f"--resume: {path} is of another run, it differs in {', '.join(differs)}; give the same, or "
+                             "another --out, or remove it")
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,11 +534,14 @@ def evaluate(args, device):
     pairs = held_out_pairs(net, pictures, held, dataset.left_out)
     energies = energy_matrix(net, pairs, args.eval_masks)
     figures = {**judge(energies), "masks": args.eval_masks, **monitor(net, pairs)}
+    counts = {"read": {"images": len(pairs.s_image), "captions": len(pairs.s_text)}, "left_out": dataset.left_out.counts()}
     draw_energies(energies, Path(args.eval).with_name("energies.png"))
-    shown = next(dataset.items[i][0] for i in held if str(dataset.items[i][0]) not in dataset.left_out.reasons.get("broken image", ()))
+    broken = dataset.left_out.reasons.get("broken image", ())
+    shown = next(path for path in (dataset.items[i][0] for i in held) if str(path) not in broken)
     draw_masks(data.read_image(shown), net.grid, step_masks(net, 0, 0, 1), Path(args.eval).with_name("masks.png"))
-    Path(args.eval).with_name("eval.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    Path(args.eval).with_name("eval.json").write_text(json.dumps({**figures, **counts}, indent=1), encoding="utf-8")
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    print(f"eval: read {describe(counts['read'])}; left out: {dataset.left_out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,12 +557,12 @@ def bench(args, dataset, train_index, net):
 
     def window(source):
         """-> [seconds, seconds waited for data, images] of 20 steps of the loop that `train` runs."""
-        trainer, images = Trainer(args, net, source, train_index, steps, dataset.left_out), 0
+        trainer, images = Trainer(args, net, source, train_index, 0, steps, dataset.left_out, Ranks()), 0
         for step in range(steps):
-            micro, masks, _ = trainer.prepare(step)
-            trainer.update(micro, masks)
+            micro, masks, batch, *_ = trainer.prepare(step)
+            trainer.update(micro, masks, batch)
             if step:
-                images += len(masks.context)
+                images += batch
             else:
                 trainer.waited, clock = 0.0, now(net.device)
         return now(net.device) - clock, trainer.waited, images
@@ -413,11 +570,11 @@ def bench(args, dataset, train_index, net):
     def resident_window():
         """Each step of the loop, and then once more with its batch and masks already on the device: forward, backward and
         the optimiser only. -> seconds of the two kinds. In turn, so that a machine that slows down slows both."""
-        trainer, loop, resident = Trainer(args, net, cached, train_index, steps, dataset.left_out), 0.0, 0.0
+        trainer, loop, resident = Trainer(args, net, cached, train_index, 0, steps, dataset.left_out, Ranks()), 0.0, 0.0
         for step in range(steps):
             clock = now(net.device)
-            micro, masks, _ = trainer.prepare(step)
-            trainer.update(micro, masks)
+            micro, masks, batch, *_ = trainer.prepare(step)
+            trainer.update(micro, masks, batch)
             middle = now(net.device)
             micro = [data.FeatureBatch(*part.features(net), part.left_out) for part in micro]
             again = now(net.device)
@@ -426,7 +583,7 @@ def bench(args, dataset, train_index, net):
                 loop, resident = loop + middle - clock, resident + now(net.device) - again
         return loop, resident
 
-    with tempfile.TemporaryDirectory(dir=make_folder("." if args.cache == "off" else args.cache)) as folder:
+    with tempfile.TemporaryDirectory(dir=data.make_folder("." if args.cache == "off" else args.cache, "--cache")) as folder:
         clock = now(net.device)
         cached = data.feature_cache(folder, dataset.items, net, args.cache_dtype, args.workers)
         encode = now(net.device) - clock
@@ -441,7 +598,8 @@ def bench(args, dataset, train_index, net):
             before = after
         outside = np.median([1 - resident / loop for *_, loop, resident in runs])
         seconds, waited, images, raw_seconds, raw_waited, raw_images, ratio, _, _ = np.median(runs, axis=0)
-        frozen, trained = count_flops(net, raw, cached, next(micro_batches(dataset.items, train_index, args, 1)), args.seed)
+        frozen, trained = count_flops(net, raw, cached, next(micro_batches(dataset.items, train_index, args, 0, 1, Ranks())),
+                                      args.seed)
     speed, raw_speed = images / seconds, raw_images / raw_seconds
     report = {
         "encode, images/s": len(dataset.items) / encode,
@@ -467,12 +625,6 @@ def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def make_folder(path):
-    """Make a folder if it is not there, and return it."""
-    Path(path).mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def count_flops(net, raw, cached, draws, seed):
@@ -548,39 +700,70 @@ def finish(figure, path):
     plt.close(figure)
 
 
-def main(argv=None):
-    """Returns the exit code: 0, 2 for what the user can mend, 1 for a loss that is not finite."""
-    args = parse_args(argv)
-    try:
-        device, out_dir = model.choose_device(args.device), Path(args.out)
-        if args.eval:
-            evaluate(args, device)
-            return 0
-        dataset = data.CocoCaptions(args.coco, args.max_images)  # before any model: missing data must not cost a download
-        train_index, held = dataset.hold_out(args.held_out)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        print(f"pretrain: preset {args.preset}, {len(train_index)} images of {args.coco} to train on, {len(held)} held out "
-              f"(left out: {dataset.left_out}), device {device}, {model.amp_dtype(device)}")
-        net = build_model(args, [caption for _, captions in dataset.items for caption in captions]).to(device)
-        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for part in (net.image_encoder, net.text_encoder) for p in part.parameters())
-        print(json.dumps({"args": vars(args), "model": asdict(replace(net.config, vocabulary=[])),
-                          "patch_grid": net.grid, "parameters": {"trained": trained, "frozen": frozen}}, indent=1))
-        if args.bench:
-            bench(args, dataset, train_index, net)
-            return 0
-        source = data.open_source(args.cache, dataset.items, net, args.cache_dtype, args.workers)
-        pairs = held_out_pairs(net, source, held, dataset.left_out)
-        train(args, source, train_index, pairs, net, dataset.left_out, out_dir)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(counts):
+    """{what: how many} in words."""
+    return ", ".join(f"{number} {what}" for what, number in counts.items())
+
+
+def run(args):
+    """The command of the parsed arguments -> exit code: 0, or 128 and the number of the signal that stopped the training."""
+    ranks = Ranks()
+    device = ranks.start(args.device)
+    if args.eval:
+        evaluate(args, device)
+        return 0
+    dataset = data.CocoCaptions(args.coco, args.max_images)  # before any model: missing data must not cost a download
+    train_index, held = dataset.hold_out(args.held_out)
+    parts = -(-args.accumulate // ranks.size) * ranks.size
+    if not parts <= args.batch_size <= len(train_index):
+        raise data.DataError(f"--batch_size {args.batch_size} must be at most the {len(train_index)} images to train on, and at "
+                             f"least the {parts} parts that --accumulate and the processes split it into")
+    out_dir = data.make_folder(args.out, "--out")
+    per_epoch = len(train_index) // args.batch_size
+    steps = args.epochs * per_epoch
+    config = make_config(args, [caption for _, captions in dataset.items for caption in captions])
+    identity = {"data": dataset.fingerprint()}
+    checkpoint = find_checkpoint(out_dir / "checkpoint.pt", args, config, identity) if args.resume else None
+    if checkpoint and checkpoint["step"] == steps:
+        print(f"pretrain: {out_dir / 'checkpoint.pt'} has all its {steps} steps, nothing is left to do")
+        return 0
+    print(f"pretrain: preset {args.preset}, {len(train_index)} images of {args.coco} to train on, {len(held)} held out (left "
+          f"out: {dataset.left_out}), device {device}, {model.amp_dtype(device)}, {ranks.size} process{'es' * (ranks.size > 1)}"
+          + (f", going on after step {checkpoint['step']}" if checkpoint else ""))
+    torch.manual_seed(args.seed)
+    net = model.TIJEPA(config).to(device)
+    identity["encoder_weights"] = net.fingerprint()
+    if checkpoint and checkpoint["encoder_weights"] != identity["encoder_weights"]:
+        raise data.DataError(f"--resume: {out_dir / 'checkpoint.pt'} was trained on other weights of f_I or f_T; give the same, or "
+                             "another --out")
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for part in (net.image_encoder, net.text_encoder) for p in part.parameters())
+    print(json.dumps({"args": vars(args), "model": asdict(replace(net.config, vocabulary=[])),
+                      "patch_grid": net.grid, "parameters": {"trained": trained, "frozen": frozen}}, indent=1))
+    if args.bench:
+        bench(args, dataset, train_index, net)
+        return 0
+    source = data.open_source(args.cache, dataset.items, net, args.cache_dtype, args.workers)
+    pairs = held_out_pairs(net, source, held, dataset.left_out) if ranks.master else None
+    trainer = Trainer(args, net, source, train_index, checkpoint["step"] if checkpoint else 0, steps, dataset.left_out, ranks)
+    stopped = train(trainer, pairs, out_dir, dataset, identity, checkpoint, per_epoch)
+    if ranks.master and not stopped:
         draw_curves(out_dir / "log.jsonl", out_dir / "curves.png")
-    except (data.DataError, model.EncoderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"pretrain: wrote {out_dir / 'checkpoint.pt'} and {out_dir / 'log.jsonl'}; left out: {dataset.left_out}")
-    return 0
+    print(f"pretrain: wrote {out_dir / 'checkpoint.pt'} and {out_dir / 'log.jsonl'}; read {describe(dataset.read())}; left out: "
+          f"{dataset.left_out}")
+    if ranks.size > 1:
+        dist.destroy_process_group()
+    return 128 + stopped if stopped else 0
+
+
+def main(argv=None):
+    """Returns the exit code; see data.exit_code for those of failures."""
+    args = parse_args(argv)
+    memory = "--batch_size or --held_out, or raise --accumulate, which gives the same result"
+    return data.exit_code(lambda: run(args), (data.DataError, model.ModelError), memory)
 
 
 if __name__ == "__main__":

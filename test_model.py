@@ -318,27 +318,27 @@ def test_image_weights_that_do_not_fit_are_refused(tmp_path):
     torch.save(state, path)
     model.ImageEncoder("test_vit", path)  # a classifier of any size may be left over: f_I has none
     torch.save({key: value for key, value in state.items() if "blocks.1.attn.proj" not in key}, path)
-    with pytest.raises(model.EncoderError, match="blocks.1.attn.proj.weight"):
+    with pytest.raises(model.ModelError, match="blocks.1.attn.proj.weight"):
         model.ImageEncoder("test_vit", path)
     torch.save({**state, "extra.weight": torch.zeros(1)}, path)
-    with pytest.raises(model.EncoderError, match="extra.weight"):
+    with pytest.raises(model.ModelError, match="extra.weight"):
         model.ImageEncoder("test_vit", path)
     torch.save({**state, "blocks.0.mlp.fc1.weight": torch.zeros(3, 3)}, path)
-    with pytest.raises(model.EncoderError, match="blocks.0.mlp.fc1.weight"):
+    with pytest.raises(model.ModelError, match="blocks.0.mlp.fc1.weight"):
         model.ImageEncoder("test_vit", path)
-    with pytest.raises(model.EncoderError, match="nowhere.pth"):
+    with pytest.raises(model.ModelError, match="nowhere.pth"):
         model.ImageEncoder("test_vit", str(tmp_path / "nowhere.pth"))
 
 
 @pytest.mark.parametrize("name, word", [("vit_tiny_patch16_224", "--image_weights"), ("no_such_vit", "Unknown model")])
 def test_image_encoders_that_cannot_be_had_are_named(name, word):
-    with pytest.raises(model.EncoderError, match=word):
+    with pytest.raises(model.ModelError, match=word):
         model.ImageEncoder(name)
 
 
 def test_an_image_encoder_without_a_patch_grid_is_refused(tmp_path):
     torch.save(timm.create_model("test_efficientnet", num_classes=0).state_dict(), tmp_path / "net.pth")
-    with pytest.raises(model.EncoderError, match="patch grid"):
+    with pytest.raises(model.ModelError, match="patch grid"):
         model.ImageEncoder("test_efficientnet", str(tmp_path / "net.pth"))
 
 
@@ -386,11 +386,11 @@ def test_text_encoders_that_do_not_load_whole_are_refused(tmp_path):
     folder = save_text_encoder(tmp_path, BertModel(BertConfig(**{**SMALL, "num_hidden_layers": 1})))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    with pytest.raises(model.EncoderError, match="encoder.layer.1"):
+    with pytest.raises(model.ModelError, match="encoder.layer.1"):
         model.TextEncoder(folder)
-    with pytest.raises(model.EncoderError, match="--text_encoder PATH"):
+    with pytest.raises(model.ModelError, match="--text_encoder PATH"):
         model.TextEncoder("sentence-transformers/all-MiniLM-L6-v2")
-    with pytest.raises(model.EncoderError, match="no/such/folder"):
+    with pytest.raises(model.ModelError, match="no/such/folder"):
         model.TextEncoder("no/such/folder")
 
 
