@@ -28,14 +28,19 @@ CACHE := $(if $(filter toy,$(PRESET)),$(TOY)/cache,data/cache)
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 18
 
+# $(call once,stage,what it writes,command): a stage that is done is not done again. Its command is kept in OUT/.stage when
+# it has succeeded; another command, or a newer checkpoint, makes it run again. pretrain.py itself knows how far it got.
+once = if [ "$$(cat $(OUT)/.$(1) 2>/dev/null)" = "$(strip $(3))" ] && [ $(OUT)/.$(1) -nt $(OUT)/checkpoint.pt ] && [ -f $(OUT)/$(2) ]; \
+	then echo "$(1): done before, see $(OUT)/$(2)"; else $(3) && echo "$(strip $(3))" > $(OUT)/.$(1); fi
+
 reproduce: check-preset packages ## pretrain and evaluate, [PRESET=toy|tiny|small|medium|large COCO=DIR MVSA=DIR VENV=]
 ifeq ($(PRESET),toy)
 	@$(PY) data.py toy $(TOY)
 endif
 	@$(PY) data.py check --coco $(RUN_COCO) --mvsa $(RUN_MVSA)
-	@$(PY) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --cache $(CACHE) --device $(DEVICE) $(PRETRAIN_ARGS)
-	@$(PY) pretrain.py --eval $(OUT)/checkpoint.pt --coco $(RUN_COCO) --device $(DEVICE)
-	@$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --cache $(CACHE) --device $(DEVICE) $(EVAL_ARGS)
+	@$(PY) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --cache $(CACHE) --device $(DEVICE) --resume $(PRETRAIN_ARGS)
+	@$(call once,eval,eval.json,$(PY) pretrain.py --eval $(OUT)/checkpoint.pt --coco $(RUN_COCO) --device $(DEVICE))
+	@$(call once,finetune,results.json,$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --cache $(CACHE) --device $(DEVICE) $(EVAL_ARGS))
 
 # Each variant's options; a run is out/ablate/<variant>-<seed>, and one that is there is not done again.
 plain := --target ema
@@ -55,7 +60,7 @@ variant_of = $(word 1,$(subst -, ,$*))
 seed_of = $(word 2,$(subst -, ,$*))
 out/ablate/%/results.json:
 	@mkdir -p $(@D)
-	@$(PY) pretrain.py --preset toy --coco $(TOY)/coco --out $(@D) --cache $(TOY)/cache --seed $(seed_of) --device $(DEVICE) $($(variant_of)) > $(@D)/log.txt 2>&1
+	@$(PY) pretrain.py --preset toy --coco $(TOY)/coco --out $(@D) --cache $(TOY)/cache --seed $(seed_of) --device $(DEVICE) --resume $($(variant_of)) > $(@D)/log.txt 2>&1
 	@$(PY) pretrain.py --eval $(@D)/checkpoint.pt --coco $(TOY)/coco --device $(DEVICE) 2>> $(@D)/log.txt
 	@$(PY) finetune_mvsa.py --checkpoint $(@D)/checkpoint.pt --mvsa $(TOY)/mvsa --out $(@D) --cache $(TOY)/cache --seeds $(seed_of) --mode probe --device $(DEVICE) >> $(@D)/log.txt 2>&1
 

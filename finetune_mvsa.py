@@ -67,6 +67,8 @@ ROWS = {"probe": (MAJORITY, TEXT, IMAGE, CONCAT, UNTRAINED, PRETRAINED, NO_IMAGE
 COMPARED = ((PRETRAINED, UNTRAINED), (PRETRAINED, CONCAT), (TUNED, TUNED_UNTRAINED), (TUNED, CONCAT))
 REPORTED = {"single": (76.75, 74.62), "multi": (77.55, 75.02)}  # TI-JEPA-Large, accuracy and weighted F1, in the paper
 NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}
+# Options that do not change an answer: where things are and how fast
+FREE = {"checkpoint", "mvsa", "out", "ablate", "device", "workers", "cache", "seeds"}
 
 
 def parse_args(argv=None):
@@ -150,6 +152,8 @@ class Posts:
             pooled[TEXT], pooled[IMAGE] = pool_frozen(s_image, s_text, mask)
             for name, value in pooled.items():
                 features.setdefault(name, []).append(value.float().cpu().numpy())
+        if not kept:
+            raise data.DataError(f"no image of the posts in {self.args.mvsa} can be read; left out: {left_out}")
         features = {name: np.concatenate(parts) for name, parts in features.items()}
         features[CONCAT] = np.hstack([features[TEXT], features[IMAGE]])
         features[BOTH] = np.hstack([features[PRETRAINED], features[CONCAT]])
@@ -287,29 +291,52 @@ def full(head, x):
     return probabilities
 
 
-def predictions(posts, splits, args):
-    """Every row's answer for every test post and seed: list of dicts, the lines of predictions.csv, and the choices made."""
-    lines, choices, y = [], {}, posts.labels
-    for seed, (train, validation, test) in tqdm(splits.items(), desc="heads"):
-        encoders = {TUNED: (PRETRAINED, posts.net.target_encoder), TUNED_UNTRAINED: (UNTRAINED, untrained(posts.net, seed))}
-        for row in (row for mode in args.mode for row in ROWS[mode]):
-            if row == MAJORITY:
-                head, choice = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), y[train]), None
-                probabilities = full(head, np.zeros((len(test), 1)))
-            elif row in encoders:
-                start, encoder = encoders[row]
-                x = posts.features[start if start in posts.features else (start, seed)]
-                classifier, choice = finetune(encoder, x, posts, y, train, validation, args, seed)
-                probabilities = predict(classifier, posts, test)
-            else:
-                x = posts.features[row if row in posts.features else (row, seed)]
-                head, choice = fit_head(x, y, train, validation)
-                probabilities = full(head, x[test])
+def answers(posts, seed, split, args):
+    """Every row's answer for every test post of one split: list of dicts, the lines of predictions.csv, and the choices
+    made, by row."""
+    (train, validation, test), lines, choices, y = split, [], {}, posts.labels
+    encoders = {TUNED: (PRETRAINED, posts.net.target_encoder), TUNED_UNTRAINED: (UNTRAINED, untrained(posts.net, seed))}
+    for row in (row for mode in args.mode for row in ROWS[mode]):
+        if row == MAJORITY:
+            head, choice = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), y[train]), None
+            probabilities = full(head, np.zeros((len(test), 1)))
+        elif row in encoders:
+            start, encoder = encoders[row]
+            x = posts.features[start if start in posts.features else (start, seed)]
+            classifier, choice = finetune(encoder, x, posts, y, train, validation, args, seed)
+            probabilities = predict(classifier, posts, test)
+        else:
+            x = posts.features[row if row in posts.features else (row, seed)]
+            head, choice = fit_head(x, y, train, validation)
+            probabilities = full(head, x[test])
+        choices[row] = choice
+        for i, p in zip(test, probabilities):
+            lines.append({"set": str(posts.sets[i]), "seed": seed, "row": row, "id": posts.posts[i].id,
+                          "label": data.LABELS[y[i]], "prediction": data.LABELS[int(p.argmax())],
+                          **{name: round(float(value), 6) for name, value in zip(data.LABELS, p)}})
+    return lines, choices
+
+
+def predictions(posts, splits, args, name, checkpoint):
+    """The answers of all seeds: (lines, {row: {seed: choice}}). Those of a seed are kept in OUT/partial until the results
+    are written, so that a run that is cut off goes on at its seed; `checkpoint` is a hash of the weights."""
+    lines, choices = [], {}
+    same = {key: value for key, value in vars(args).items() if key not in FREE}
+    for seed, split in tqdm(splits.items(), desc="heads"):
+        made_from = json.dumps([same, checkpoint, [[(str(posts.sets[i]), posts.posts[i].id, int(posts.labels[i]))
+                                                    for i in part] for part in split]])
+        path = Path(args.out) / "partial" / f"{args.protocol}-{name}-{seed}.json"
+        made_from = hashlib.sha256(made_from.encode()).hexdigest()
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        if kept.get("made_from") != made_from:
+            answered, chosen = answers(posts, seed, split, args)
+            kept = {"made_from": made_from, "lines": answered, "choices": chosen}
+            data.make_folder(path.parent, "--out")
+            with data.whole_file(path) as file:
+                file.write(json.dumps(kept).encode())
+        lines += kept["lines"]
+        for row, choice in kept["choices"].items():
             choices.setdefault(row, {})[seed] = choice
-            for i, p in zip(test, probabilities):
-                lines.append({"set": posts.sets[i], "seed": seed, "row": row, "id": posts.posts[i].id,
-                              "label": data.LABELS[y[i]], "prediction": data.LABELS[int(p.argmax())],
-                              **{name: round(float(value), 6) for name, value in zip(data.LABELS, p)}})
     return lines, choices
 
 
@@ -363,7 +390,8 @@ def judge(net, folders, args):
         sizes = [len(part) for part in splits[args.seeds[0]]]
         print(f"{NAMES.get(name, name)}: {len(posts.labels)} posts, left out: {left_out}; train, validation, test {sizes}"
               + (f"; {notes}" if notes else ""))
-        lines, choices = predictions(posts, splits, args)
+        weights = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+        lines, choices = predictions(posts, splits, args, name, weights)
         hashes = {seed: hashlib.sha256(json.dumps([[f"{posts.sets[i]} {posts.posts[i].id}" for i in part] for part in parts]
                                                   ).encode()).hexdigest()[:16] for seed, parts in splits.items()}
         for kind in dict.fromkeys(posts.sets):
@@ -372,7 +400,7 @@ def judge(net, folders, args):
             rows = {line["row"] for line in mine}
             results[str(kind)] = {
                 "posts": len(labels), "labels": {label: int((labels == i).sum()) for i, label in enumerate(data.LABELS)},
-                "left_out": left_out.counts(), "split_sizes": sizes, "split_notes": notes, "split_hash": hashes,
+                "read": {"posts": len(labels)}, "left_out": left_out.counts(), "split_sizes": sizes, "split_notes": notes, "split_hash": hashes,
                 "scores": score(mine), "choices": choices,
                 "differences": {f"{a} minus {b}": bootstrap(mine, a, b) for a, b in COMPARED if {a, b} <= rows}}
         every += lines
@@ -474,26 +502,21 @@ def ablation_table(folder):
     return "\n".join([*lines, ""])
 
 
-def main(argv=None):
-    """Returns the exit code: 0, or 2 for what the user can mend."""
-    args, start = parse_args(argv), time.time()
-    try:
-        if args.ablate:
-            text = ablation_table(Path(args.ablate))
-            (Path(args.ablate) / "results.md").write_text(text, encoding="utf-8")
-            print(text)
-            return 0
-        if args.split and args.protocol != "standard":
-            raise data.DataError(f"--split is of the standard protocol; it cannot be had with --protocol {args.protocol}")
-        folders = data.find_mvsa(args.mvsa)  # before any model is loaded
-        device, out_dir = model.choose_device(args.device), Path(args.out)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        net = model.TIJEPA.from_checkpoint(args.checkpoint)[0].to(device)
-        print(f"finetune_mvsa: {args.checkpoint}, {', '.join(str(f) for f in folders.values())}, device {device}")
-        results, lines = judge(net, folders, args)
-    except (data.DataError, model.ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(args):
+    """The command of the parsed arguments -> exit code 0."""
+    start = time.time()
+    if args.ablate:
+        text = ablation_table(Path(args.ablate))
+        (Path(args.ablate) / "results.md").write_text(text, encoding="utf-8")
+        print(text)
+        return 0
+    if args.split and args.protocol != "standard":
+        raise data.DataError(f"--split is of the standard protocol; it cannot be had with --protocol {args.protocol}")
+    folders = data.find_mvsa(args.mvsa)  # before any model is loaded
+    device, out_dir = model.choose_device(args.device), data.make_folder(args.out, "--out")
+    net = model.TIJEPA.from_checkpoint(args.checkpoint)[0].to(device)
+    print(f"finetune_mvsa: {args.checkpoint}, {', '.join(str(f) for f in folders.values())}, device {device}")
+    results, lines = judge(net, folders, args)
     ending = "" if args.protocol == "standard" else f"_{args.protocol}"
     text = table(results, net.config, args)
     (out_dir / f"results{ending}.md").write_text(text, encoding="utf-8")
@@ -504,13 +527,25 @@ def main(argv=None):
     draw_confusion(results, lines[-1]["row"], out_dir / f"confusion{ending}.png")
     versions = {module.__name__: module.__version__ for module in (torch, timm, transformers, sklearn, np)}
     config = {key: value for key, value in vars(net.config).items() if key != "vocabulary"}
-    (out_dir / f"results{ending}.json").write_text(json.dumps({
-        "sets": results, "reported": REPORTED, "args": vars(args), "model": config, "code": code_version(),
-        "versions": {"python": sys.version.split()[0], **versions}, "device": str(device), "seeds": args.seeds,
-        "seconds": round(time.time() - start, 1)}, indent=1), encoding="utf-8")
+    with data.whole_file(out_dir / f"results{ending}.json") as file:  # the last: when it is there, all is
+        file.write(json.dumps({
+            "sets": results, "reported": REPORTED, "args": vars(args), "model": config, "code": code_version(),
+            "versions": {"python": sys.version.split()[0], **versions}, "device": str(device), "seeds": args.seeds,
+            "seconds": round(time.time() - start, 1)}, indent=1).encode())
+    for path in (out_dir / "partial").glob(f"{args.protocol}-*.json"):
+        path.unlink()
     print(f"\n{text}\nfinetune_mvsa: wrote results{ending}.md, results{ending}.json, predictions{ending}.csv and "
           f"confusion{ending}.png in {out_dir}")
+    for kind, found in results.items():
+        left_out = ", ".join(f"{count} {reason}" for reason, count in found["left_out"].items()) or "none"
+        print(f"{NAMES[kind]}: read {found['read']['posts']} posts; left out: {left_out}")
     return 0
+
+
+def main(argv=None):
+    """Returns the exit code; see data.exit_code for those of failures."""
+    args = parse_args(argv)
+    return data.exit_code(lambda: run(args), (data.DataError, model.ModelError), "--batch_size or --workers")
 
 
 if __name__ == "__main__":
