@@ -411,8 +411,7 @@ def feature_cache(root, items, net, dtype, workers):
     recipe, offsets = cache_recipe(items, net, pictures, dtype)
     folder = Path(root) / hashlib.blake2b(json.dumps(recipe).encode(), digest_size=8).hexdigest()
     if not folder.is_dir():
-        Path(root).mkdir(parents=True, exist_ok=True)
-        with open(Path(root) / ".lock", "w") as lock:
+        with open(make_folder(root, "--cache") / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system however the process ends
             if not folder.is_dir():
                 make_cache(folder, pictures, net, recipe, offsets, workers)

@@ -49,6 +49,10 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 MAX_TEXT_TOKENS = 128  # a tweet of 140 characters or a COCO caption fits with room; longer texts are cut here
 
 
+# What torch.load and timm's loader raise on a file that is not the checkpoint it is taken for
+NOT_A_CHECKPOINT = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError)
+
+
 class ModelError(ValueError):
     """The model cannot be had as asked for, or not on this machine; the message names what mends it."""
 
@@ -147,7 +151,7 @@ def load_vit(name, weights):
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     try:
         keys = load_checkpoint(vit, weights, strict=False, filter_fn=convert)
-    except (OSError, RuntimeError) as error:  # no such file; not a checkpoint; a tensor of another shape
+    except NOT_A_CHECKPOINT as error:  # or of another architecture
         raise ModelError(f"--image_weights {weights} does not load into {name}: {error}") from error
     if keys is not None:  # None: timm's npz reader, which raises on what does not fit
         head = vit.pretrained_cfg.get("classifier") or ()  # f_I has none: its weights in the file may be left over
@@ -623,7 +627,7 @@ def load_checkpoint_file(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         Config(**checkpoint["config"]), checkpoint["model"], checkpoint["args"]["held_out"], checkpoint["step"]
-    except (OSError, RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except NOT_A_CHECKPOINT as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise ModelError(f"{path} is not a whole checkpoint of pretrain.py: {reason}") from error
     return checkpoint

@@ -1254,3 +1254,504 @@ def test_make_lists_its_targets_and_says_what_it_would_run():
     assert "preset small, data /a and /b" in small and "NOT" not in small
     assert make("check-preset", "PRESET=huge").returncode == 2
     assert "preset small" in make("check-preset", f"COCO={HERE}", f"MVSA={HERE}").stdout  # both there: the paper's run
+
+
+# -- what one can rely on -----------------------------------------------------------------------------------------------
+
+
+SHORT = ["--epochs", 10, "--batch_size", 8, "--held_out", 8, "--log_every", 1, "--device", "cpu"]  # 40 steps, saved each 4
+SLOW = {"images_per_s", "data_wait"}  # the fields of a log line that tell the time
+
+
+def outcome(out):
+    """What a run has come to, bit for bit: weights, optimizer, and log without the times."""
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    tensors = [value for part in checkpoint["model"].values() for value in part.values()]
+    tensors += [value for state in checkpoint["optimizer"]["state"].values() for value in state.values()]
+    return tensors, [{name: value for name, value in line.items() if name not in SLOW} for line in log]
+
+
+def assert_same(out, expected):
+    (tensors, log), (tensors_expected, log_expected) = outcome(out), expected
+    assert log == log_expected and len(log) == 40
+    assert len(tensors) == len(tensors_expected) > 100 and all(map(torch.equal, tensors, tensors_expected))
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory):
+    """A short run without a break: its options, and what it comes to."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = ["--coco", toy / "coco", "--cache", folder / "cache", *SHORT]
+    done = run("pretrain.py", *options, "--out", folder / "out")
+    assert done.returncode == 0, done.stderr
+    return options, outcome(folder / "out")
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end and process.is_alive(), "it never came"
+        time.sleep(0.01)
+
+
+def logged(out):
+    return (out / "log.jsonl").read_bytes().count(b"\n") if (out / "log.jsonl").exists() else 0
+
+
+@pytest.mark.parametrize("extra", [[], ["--cache", "off", "--workers", 1, "--accumulate", 2]])
+def test_ctrl_c_and_sigterm_save_and_resume_goes_on_exactly(toy, whole, tmp_path, extra):
+    options, expected = whole
+    if extra:  # decoded by a worker, and other arithmetic: it has a run without a break of its own
+        assert run("pretrain.py", *options, *extra, "--out", tmp_path / "whole").returncode == 0
+        expected = outcome(tmp_path / "whole")
+    for number, code, least in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 9)):
+        process, out = start("pretrain.py", *options, *extra, "--out", tmp_path, "--resume")
+        wait_for(lambda: logged(tmp_path) > least, process)
+        os.kill(process.pid, number)
+        process.join(60)
+        step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+        assert process.exitcode == code and logged(tmp_path) == step >= least
+        assert f"stopped after step {step} of 40" in (out / "stdout").read_text()
+        assert "Traceback" not in (out / "stderr").read_text()
+    done = run("pretrain.py", *options, *extra, "--out", tmp_path, "--resume")
+    assert done.returncode == 0 and f"going on after step {step}" in done.stdout
+    assert_same(tmp_path, expected)
+    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    done = run("pretrain.py", *options, *extra, "--out", tmp_path, "--resume")
+    assert "nothing is left to do" in done.stdout and (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pretrain.Stop() as stop:
+        assert stop.signal == 0 and signal.getsignal(signal.SIGINT) != before[0]
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT and signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the system's: it kills
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_kill_9_at_20_random_moments_loses_nothing_but_time(whole, tmp_path):
+    options, expected = whole
+    rng, kills, steps = np.random.default_rng(), 0, []
+    while kills < 20:
+        process, _ = start("pretrain.py", *options, "--out", tmp_path, "--resume")
+        if rng.random() < 0.8:  # while it trains; else wherever it is: building, reading, checking
+            lines = logged(tmp_path)
+            wait_for(lambda: logged(tmp_path) > lines or not process.is_alive(), process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        kills += 1
+        assert process.exitcode in (-9, 0)
+        if (tmp_path / "checkpoint.pt").exists():
+            net, checkpoint = model.TIJEPA.from_checkpoint(tmp_path / "checkpoint.pt")
+            steps.append(checkpoint["step"])
+            if checkpoint["step"] == 40:  # done, and more kills to come: once more from the start
+                assert_same(tmp_path, expected)
+                (tmp_path / "checkpoint.pt").unlink()
+    assert len(set(steps)) > 2
+    assert run("pretrain.py", *options, "--out", tmp_path, "--resume").returncode == 0
+    assert_same(tmp_path, expected)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(toy, pretrained, tmp_path, capsys):
+    out, _ = pretrained
+    same = ["--coco", toy / "coco", "--out", out, "--epochs", 2, "--batch_size", 16, "--log_every", 3, "--held_out", 8,
+            "--device", "cpu", "--resume", "--cache", tmp_path]
+    main = lambda *options: pretrain.main([str(option) for option in (*same, *options)])
+    assert main() == 0 and "nothing is left to do" in capsys.readouterr().out
+    assert main("--lr", 0.5, "--target", "ema", "--seed", 3) == 2
+    said = capsys.readouterr().err
+    assert all(f"{key} (then {then}, now {now})" in said for key, then, now in
+               (("--lr", 0.001, 0.5), ("--target", "image", "ema"), ("--seed", 0, 3))) and said.count("(then") == 3
+    data.write_toy(tmp_path / "other", images=40, posts=60, seed=1)
+    assert main("--coco", tmp_path / "other" / "coco") == 2 and "data (then" in capsys.readouterr().err
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    (tmp_path / "out").mkdir()
+    torch.save({**checkpoint, "step": 2, "encoder_weights": "0"}, tmp_path / "out" / "checkpoint.pt")
+    assert main("--out", tmp_path / "out") == 2 and "other weights of f_I or f_T" in capsys.readouterr().err
+
+
+class Runs:
+    """Unpickling this runs code."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.path.join(WORK, "code_was_run"),)
+
+
+def test_a_checkpoint_cannot_run_code_and_a_torn_one_is_refused(pretrained, tmp_path, capsys):
+    torch.save({"config": Runs()}, tmp_path / "evil.pt")
+    content = (pretrained[0] / "checkpoint.pt").read_bytes()
+    (tmp_path / "torn.pt").write_bytes(content[:len(content) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"config": Runs()}))
+    for path in (*tmp_path.iterdir(), tmp_path, tmp_path / "none.pt"):
+        assert pretrain.main(["--eval", str(path), "--coco", "/nowhere"]) == 2
+        assert f"{path} is not a whole checkpoint" in capsys.readouterr().err
+        with pytest.raises(model.ModelError):
+            model.TIJEPA.from_checkpoint(path)
+    assert not os.path.exists(os.path.join(WORK, "code_was_run"))
+
+
+def test_two_processes_have_the_losses_of_one(whole, toy, tmp_path):
+    options, (_, log) = whole
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", HERE / "pretrain.py", *options, "--out", tmp_path]
+    done = run_command(*command, "--cache", tmp_path / "cache", "--epochs", 10)
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in outcome(tmp_path)[1]]
+    assert losses == pytest.approx([line["loss"] for line in log], abs=1e-5) and len(losses) == 40
+    assert "2 processes" in done.stdout and done.stdout.count("pretrain: wrote") == 1
+    assert outcome(tmp_path)[1][-1]["left_out"] == log[-1]["left_out"]
+
+
+def test_mvsa_answers_go_on_at_the_seed_where_they_were_cut_off(toy, pretrained, tmp_path, monkeypatch, capsys):
+    options = ["--checkpoint", pretrained[0] / "checkpoint.pt", "--mvsa", toy / "mvsa" / "MVSA_Single", "--seeds", 0, 1, 2,
+               "--mode", "probe", "--workers", 0, "--cache", tmp_path / "cache"]
+    main = lambda *more: finetune_mvsa.main([str(option) for option in (*options, *more)])
+    assert main("--out", tmp_path / "whole") == 0
+    answers, asked = finetune_mvsa.answers, []
+
+    def interrupted(posts, seed, *rest):
+        asked.append(seed)
+        if asked == [0, 1]:
+            raise KeyboardInterrupt
+        return answers(posts, seed, *rest)
+
+    monkeypatch.setattr(finetune_mvsa, "answers", interrupted)
+    assert main("--out", tmp_path / "cut") == 130 and "interrupted" in capsys.readouterr().err
+    assert main("--out", tmp_path / "cut") == 0 and asked == [0, 1, 1, 2]
+    same = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("whole", "cut")]
+    results = [json.loads((tmp_path / name / "results.json").read_text())["sets"] for name in ("whole", "cut")]
+    assert same[0] == same[1] and results[0] == results[1] and not any((tmp_path / "cut" / "partial").iterdir())
+    main("--out", tmp_path / "cut")
+    assert asked[4:] == [0, 1, 2]  # what is done is not kept beyond its results
+
+
+def test_make_reproduce_does_not_do_again_what_is_done(tmp_path):
+    """With a python that only notes what it is asked for, and fails once in the last stage."""
+    (tmp_path / "python").write_text(f"""#!/bin/bash
+        echo "$1 $2" >> {tmp_path}/asked
+        case "$1 $2" in
+            "pretrain.py --preset") mkdir -p {tmp_path}/$3; [ -f {tmp_path}/$3/checkpoint.pt ] || touch {tmp_path}/$3/checkpoint.pt;;
+            "pretrain.py --eval") touch $(dirname $3)/eval.json;;
+            "finetune_mvsa.py --checkpoint") [ -f {tmp_path}/failed ] || {{ touch {tmp_path}/failed; exit 1; }}
+                touch $(dirname $3)/results.json;;
+        esac""")
+    (tmp_path / "python").chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # this may run under make
+
+    def asked(preset, *words):
+        (tmp_path / "asked").write_text("")
+        command = ["make", "reproduce", f"PY={tmp_path}/python", "VENV=", f"PRESET={preset}", f"OUT={tmp_path}/{preset}", *words]
+        done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+        lines = (tmp_path / "asked").read_text().splitlines()
+        return done.returncode, [line for line in lines if line.split()[0] in ("pretrain.py", "finetune_mvsa.py")]
+
+    train, evaluate, judge = "pretrain.py --preset", "pretrain.py --eval", "finetune_mvsa.py --checkpoint"
+    assert asked("toy") == (2, [train, evaluate, judge])  # cut off in the last
+    assert asked("toy") == (0, [train, judge])
+    assert asked("toy") == (0, [train])  # pretrain.py sees for itself that its steps are done
+    assert asked("tiny") == (0, [train, evaluate, judge]) and asked("toy") == (0, [train])  # a preset of its own
+    assert asked("toy", "SPLIT=/elsewhere") == (0, [train, judge])  # another command is another result
+    time.sleep(0.02)
+    (tmp_path / "toy" / "checkpoint.pt").touch()  # trained further
+    assert asked("toy", "SPLIT=/elsewhere") == (0, [train, evaluate, judge])
+    assert "--resume" in subprocess.run(["make", "-n", "reproduce", "VENV="], cwd=HERE, env=env, capture_output=True,
+                                        text=True).stdout
+
+
+def test_a_cut_off_toy_world_is_written_again(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "write_toy_mvsa", lambda *rest: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        data.write_toy(tmp_path / "toy", images=40, posts=60)
+    assert not (tmp_path / "toy").exists()
+    monkeypatch.undo()
+    data.write_toy(tmp_path / "toy", images=40, posts=60)
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+    assert (tmp_path / "toy" / "coco" / "train2017" / "000000000007.jpg").read_bytes() == (
+        toy / "coco" / "train2017" / "000000000007.jpg").read_bytes()
+
+
+def image_bytes(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+SPECKLED = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+RAMP = np.linspace(0, 65535, 2400).reshape(40, 60).astype(np.uint16)
+IMAGES = {  # name: (bytes, size, what a pixel is: or None, if it cannot be read)
+    "cmyk": (image_bytes(Image.new("CMYK", (60, 40), (0, 255, 255, 0)), "JPEG"), (60, 40), (255, 0, 0)),
+    "16-bit": (image_bytes(Image.fromarray(RAMP), "PNG"), (60, 40), (0, 0, 0)),
+    "palette": (image_bytes(SPECKLED.quantize(16), "PNG"), (60, 40), SPECKLED.quantize(16).convert("RGB").getpixel((0, 0))),
+    "animated": (image_bytes(Image.new("RGB", (60, 40), "red"), "GIF", save_all=True,
+                             append_images=[Image.new("RGB", (60, 40), "blue")]), (60, 40), (255, 0, 0)),
+    "transparent": (image_bytes(Image.new("RGBA", (60, 40), (9, 9, 9, 0)), "PNG"), (60, 40), (255, 255, 255)),
+    "grey": (image_bytes(Image.new("L", (60, 40), 77), "PNG"), (60, 40), (77, 77, 77)),
+    "1 x 1": (image_bytes(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"), (1, 1), (1, 2, 3)),
+    "20,000 x 1": (image_bytes(Image.new("RGB", (20000, 1), (0, 0, 254)), "PNG"), (20000, 1), (0, 0, 254)),
+    "zero bytes": (b"", None, None),
+    "truncated": (image_bytes(SPECKLED, "JPEG")[:1500], None, None),
+    "text": (b"<html>404 Not Found</html>", None, None),
+    "a bomb": (image_bytes(Image.new("1", (20000, 20000)), "PNG"), None, None),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_images_of_every_kind_are_read_or_counted(tmp_path, name):
+    content, size, pixel = IMAGES[name]
+    (tmp_path / "image.jpg").write_bytes(content)
+    config = dict(input_size=(3, 48, 48), interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    batch = data.Pictures([(tmp_path / "image.jpg", ["red bars"])], config)[[(0, 0, 0)]]
+    if size is None:
+        assert batch.left_out == [0] and batch.size == 0
+        return
+    image = data.read_image(tmp_path / "image.jpg", (48, 48))
+    assert batch.images.shape == (1, 3, 48, 48) and batch.left_out == [] and image.size == size and image.mode == "RGB"
+    assert np.allclose(image.getpixel((0, 0)), pixel, atol=2)
+    if name == "16-bit":
+        assert image.getpixel((59, 39)) == (255, 255, 255) and abs(image.getpixel((30, 20))[0] - 131) < 2  # not clipped
+
+
+@pytest.mark.parametrize("content", [b"", b" \r\n", "\u4f60\u597d \u0416".encode("utf-16"), b"\x00\x01\xff", b"red " * 100000])
+def test_posts_of_every_kind_have_features(net, content):
+    states, mask = net.text_encoder([data.decode(content), "a red dog"])
+    assert states.isfinite().all() and mask.any(1).all() and states.shape[1] <= net.text_encoder.max_tokens
+    assert data.decode("\u4f60\u597d \u0416".encode("utf-16")) == "\u4f60\u597d \u0416"
+
+
+LABELS_HEAD = b"ID\ttext,image"
+CAPTIONS = {"images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(3)],
+            "annotations": [{"id": i, "image_id": i, "caption": "red bars"} for i in range(3)]}
+BAD = {  # what is wrong: (command, words of the message); {x} is a folder that `bad_folder` has made
+    "no COCO folder": ("pretrain.py --coco {x}/none", "{x}/none/train2017 make coco"),
+    "empty COCO folder": ("pretrain.py --coco {x}", "{x}/train2017 captions_train2017.json"),
+    "no images": ("pretrain.py --coco {x}/bare", "{x}/bare/train2017 3 image not on disk"),
+    "json cut off": ("pretrain.py --coco {x}/cut", "{x}/cut/annotations/captions_train2017.json not a COCO caption file"),
+    "json of something else": ("pretrain.py --coco {x}/else", "not a COCO caption file"),
+    "json is no text": ("pretrain.py --coco {x}/binary", "not a COCO caption file"),
+    "an image id twice": ("pretrain.py --coco {x}/twice", "lists image id 1 twice"),
+    "captions without images": ("pretrain.py --coco {x}/orphans", "3 captioned image not listed"),
+    "batch larger than the data": ("pretrain.py --coco {toy}/coco --batch_size 34 --held_out 8", "--batch_size 34 33 images"),
+    "more parts than the batch": ("pretrain.py --coco {toy}/coco --batch_size 4 --held_out 8 --accumulate 5",
+                                  "--batch_size --accumulate"),
+    "all held out": ("pretrain.py --coco {toy}/coco --held_out 41", "--held_out 41 leaves nothing"),
+    "no batch": ("pretrain.py --batch_size 0", "--batch_size less than 1"),
+    "not a number": ("pretrain.py --epochs many", "--epochs many"),
+    "abbreviated option": ("pretrain.py --epoch 3", "unrecognized arguments"),
+    "no CUDA": ("pretrain.py --coco {toy}/coco --batch_size 8 --held_out 8 --device cuda", "--device cuda --device auto"),
+    "no such device": ("finetune_mvsa.py --mvsa {toy}/mvsa --device tpu", "--device tpu --device auto"),
+    "image hub out of reach": ("pretrain.py --coco {toy}/coco --batch_size 8 --held_out 8 --image_encoder vit_tiny_patch16_224",
+                               "vit_tiny_patch16_224 --image_weights"),
+    "text hub out of reach": ("pretrain.py --coco {toy}/coco --batch_size 8 --held_out 8 --text_encoder some/bert",
+                              "some/bert --text_encoder PATH"),
+    "weights that are none": ("pretrain.py --coco {toy}/coco --batch_size 8 --held_out 8 --image_encoder vit_tiny_patch16_224 "
+                              "--image_weights {x}/file", "--image_weights {x}/file vit_tiny_patch16_224"),
+    "out is a file": ("pretrain.py --coco {toy}/coco --batch_size 8 --held_out 8 --out {x}/file", "--out {x}/file"),
+    "out below a file": ("finetune_mvsa.py --mvsa {toy}/mvsa --out {x}/file/out", "--out {x}/file/out"),
+    "cache below a file": ("pretrain.py --coco {toy}/coco --batch_size 8 --held_out 8 --out {x}/o --cache {x}/file/c",
+                           "--cache {x}/file/c"),
+    "disk full": ("pretrain.py --coco {toy}/coco --batch_size 8 --held_out 8 --epochs 1 --out {x}/full --cache off",
+                  "cannot be written: No space left --out"),
+    "no checkpoint": ("finetune_mvsa.py --mvsa {toy}/mvsa --checkpoint {x}/none --out {x}/o", "{x}/none checkpoint"),
+    "typed captions without an image": ("pretrain.py --eval {checkpoint} --captions red", "--image --captions"),
+    "typed image that is none": ("pretrain.py --eval {checkpoint} --captions red --image {x}/file", "--image {x}/file"),
+    "no MVSA folder": ("finetune_mvsa.py --mvsa {x}/none", "{x}/none/labelResultAll.txt mcrlab kaggle"),
+    "no posts": ("finetune_mvsa.py --mvsa {x}/labels", "{x}/labels/labelResultAll.txt data"),
+    "empty posts folder": ("finetune_mvsa.py --mvsa {x}/empty --checkpoint {checkpoint} --out {x}/o",
+                           "none of the posts 2 text or image file missing"),
+    "all images broken": ("finetune_mvsa.py --mvsa {x}/broken --checkpoint {checkpoint} --out {x}/o --cache off --workers 0",
+                          "no image 2 broken image"),
+    "wrong columns": ("finetune_mvsa.py --mvsa {x}/columns", "labelResultAll.txt first line"),
+    "unknown word": ("finetune_mvsa.py --mvsa {x}/word --checkpoint {checkpoint} --out {x}/o", "line 3 positive, neutral"),
+    "an id twice": ("finetune_mvsa.py --mvsa {x}/ids --checkpoint {checkpoint} --out {x}/o", "line 3 id 1 second time"),
+    "labels in UTF-16": ("finetune_mvsa.py --mvsa {x}/utf16", "labelResultAll.txt not the label file"),
+    "no split": ("finetune_mvsa.py --mvsa {toy}/mvsa --split {x} --checkpoint {checkpoint} --out {x}/o", "--split {x} train.json"),
+    "split of another protocol": ("finetune_mvsa.py --protocol grouped --split x", "--split standard protocol"),
+    "one set for two": ("finetune_mvsa.py --protocol authors --mvsa {toy}/mvsa/MVSA_Single --checkpoint {checkpoint} --out {x}/o",
+                        "pools both sets"),
+    "unknown mode": ("finetune_mvsa.py --mode x", "--mode probe finetune"),
+    "toy over something else": ("data.py toy {x}", "{x} exists name another folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    (root / "file").write_text("a file")
+    orphans = {"images": [], "annotations": CAPTIONS["annotations"]}
+    double = {**CAPTIONS, "images": CAPTIONS["images"] + [{"id": 1, "file_name": "other.jpg"}]}
+    for name, content in (("bare", json.dumps(CAPTIONS).encode()), ("cut", json.dumps(CAPTIONS).encode()[:80]),
+                          ("else", b'{"images": 3}'), ("binary", b"\x1f\x8b\xff\x00"), ("twice", json.dumps(double).encode()),
+                          ("orphans", json.dumps(orphans).encode())):
+        (root / name / "train2017").mkdir(parents=True)
+        (root / name / "annotations").mkdir()
+        (root / name / "annotations" / "captions_train2017.json").write_bytes(content)
+    good = LABELS_HEAD + b"\n1\tpositive,positive\n2\tneutral,neutral\n"
+    for name, content in (("labels", good), ("empty", good), ("broken", good), ("columns", b"ID\ttext\n1\tpositive\n"),
+                          ("word", LABELS_HEAD + b"\n1\tpositive,positive\n2\tgood,neutral\n"),
+                          ("ids", LABELS_HEAD + b"\r\n1\tpositive,positive\r\n1\tneutral,neutral\r\n"),
+                          ("utf16", (LABELS_HEAD + b"\n").decode().encode("utf-16"))):
+        (root / name / "data" if name != "labels" else root / name).mkdir(parents=True)
+        (root / name / "labelResultAll.txt").write_bytes(content)
+    for post in "12":
+        (root / "broken" / "data" / f"{post}.jpg").write_bytes(b"")
+        (root / "broken" / "data" / f"{post}.txt").write_text("red bars")
+    (root / "full").mkdir()
+    (root / "full" / "checkpoint.pt.tmp").symlink_to("/dev/full")  # a file on a disk without room
+    return root
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_gets_a_sentence_and_exit_code_2(what, bad_folder, toy, pretrained, capsys, monkeypatch):
+    monkeypatch.chdir(WORK)
+    names = {"x": bad_folder, "toy": toy, "checkpoint": pretrained[0] / "checkpoint.pt"}
+    script, *options = [word.format(**names) for word in BAD[what][0].split()]
+    try:
+        code = {"pretrain.py": pretrain, "finetune_mvsa.py": finetune_mvsa, "data.py": data}[script].main(options)
+    except SystemExit as stopped:  # argparse's own way
+        code = stopped.code
+    said = " ".join(capsys.readouterr().err.split())
+    assert code == 2 and "error:" in said
+    assert all(word.format(**names).lower() in said.lower() for word in BAD[what][1].split()), said
+
+
+@pytest.mark.parametrize("lost", ["GPU", "CPU", "reader"])
+def test_too_little_memory_names_what_to_lower(toy, tmp_path, monkeypatch, capsys, lost):
+    def fail(*inputs):
+        if lost == "CPU":
+            torch.empty(1 << 55)  # torch's own words
+        raise (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB") if lost == "GPU" else
+               RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."))
+
+    monkeypatch.setattr(pretrain, "train_step", fail)
+    options = ["--coco", toy / "coco", "--batch_size", 8, "--held_out", 8, "--out", tmp_path, "--cache", tmp_path / "cache"]
+    assert pretrain.main([str(option) for option in options]) == 2
+    said = capsys.readouterr().err
+    assert "out of memory; lower --batch_size or --held_out" in said
+    monkeypatch.setattr(pretrain, "train_step", lambda *inputs: torch.ones(2) @ torch.ones(3))  # any other error is a bug
+    with pytest.raises(RuntimeError, match="size"):
+        pretrain.main([str(option) for option in options])
+
+
+def test_a_model_that_cannot_be_is_refused_in_words(net):
+    for change, words in ((dict(heads=3), "heads=3 do not divide the width dim=32"), (dict(predictor_dim=6), "predictor_dim=6"),
+                          (dict(loss="l3"), "l3"), (dict(target="text"), "text")):
+        with pytest.raises(model.ModelError, match=words):
+            model.TIJEPA(replace(CONFIG, **{"predictor_heads": 2, **change}))
+    with pytest.raises(model.ModelError, match=r"images of \[3, 50, 48\], where toy takes \[3, 48, 48\]"):
+        net.encode(torch.zeros(1, 3, 50, 48), ["red"])
+    with pytest.raises(model.ModelError, match="1 x 1 patch grid is too small.*--image_encoder"):
+        sample_masks((1, 1), 2, seeded(0))
+
+
+def test_captions_of_images_that_are_not_there_are_counted(tmp_path):
+    content = {"images": CAPTIONS["images"], "annotations": CAPTIONS["annotations"][:2] + [{"image_id": 77, "caption": "x"}]}
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_train2017.json").write_text(json.dumps(content))
+    SPECKLED.save(tmp_path / "train2017" / "000000000001.jpg")
+    SPECKLED.save(tmp_path / "train2017" / "000000000002.jpg")
+    dataset = data.CocoCaptions(tmp_path)
+    assert dataset.left_out.reasons == {"captioned image not listed": {"77"}, "image not on disk": {"000000000000.jpg"},
+                                        "image without caption": {"000000000002.jpg"}}
+    assert dataset.read() == {"images": 1, "captions": 1}
+    dataset.left_out.add("broken image", str(dataset.items[0][0]))
+    assert dataset.read() == {"images": 0, "captions": 0}
+
+
+class InMemory:
+    """A label file for read_labels, without a disk."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def read_bytes(self):
+        return self.content
+
+
+def mutate(content, rng):
+    """A word or number for another, or a few random changes of bytes: pieces cut out, doubled, or put in."""
+    words = list(re.finditer(rb"[a-z]+|\d+", content))
+    if rng.random() < 0.5:
+        old, new = (words[i] for i in rng.integers(len(words), size=2))
+        return content[:old.start()] + new[0] + content[old.end():]
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        at, to = sorted(rng.integers(0, len(content) + 1, 2))
+        to = min(to, at + 30)
+        piece = (b"\t", b"\n", b"\r\n", b",", b"positive", b"neutral", b"negative", b"7", b'"', b"}", b"null", b"1e3", b"\\ud800",
+                 b"\xef\xbb\xbf", b"\x0b", b"\xc2\x85", b"", bytes(content[at:to]), rng.bytes(3))[rng.integers(19)]
+        content[at:to if rng.random() < 0.5 else at] = piece
+    return bytes(content)
+
+
+WORD = r"\s*(positive|neutral|negative)\s*"
+LINE = {n: re.compile(rf"\s*(\S(?:[^\t]*\S)?)\s*" + rf"\t{WORD},{WORD}" * n, re.IGNORECASE) for n in (1, 3)}
+
+
+def expected_labels(content):
+    """The labels by another way: a regular expression for each line, and sums in place of votes. None: not such a file."""
+    try:
+        lines = [line for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line.strip()]
+    except UnicodeDecodeError:
+        return None
+    count = len(lines[0].split("\t")) - 1 if lines else 0
+    matches = [LINE[count].fullmatch(line) for line in lines[1:]] if count in LINE else [None]
+    if not all(matches) or len({match[1].strip() for match in matches}) < len(matches):
+        return None
+    labels = {}
+    for match in matches:
+        words = [word.lower() for word in match.groups()[1:]]
+        sides = [[word for word in data.LABELS if side.count(word) * 2 > count] for side in (words[::2], words[1::2])]
+        polarity = {data.LABELS.index(side[0]) - 1 for side in sides if side} - {0}  # -1 positive, 0 neutral, 1 negative
+        if all(sides) and len(polarity) < 2:
+            labels[match[1].strip()] = 1 + sum(polarity)
+    return labels
+
+
+def test_fuzzed_label_files_give_a_clean_error_or_the_right_labels():
+    rng, counts = np.random.default_rng(), {"read": 0, "refused": 0}
+    words = [word.encode() for word in data.LABELS]
+    for case in range(10000):
+        n = (1, 3)[case % 2]
+        rows = [b"%d\t" % i + b"\t".join(words[a] + b"," + words[b] for a, b in rng.integers(3, size=(n, 2))) for i in range(4)]
+        good = b"\n".join([b"ID\t" + b"\t".join([b"text,image"] * n), *rows, b""])
+        content = rng.bytes(rng.integers(60)) if case % 10 == 0 else good if case % 10 == 1 else mutate(good, rng)
+        try:
+            kept, dropped = data.read_labels(InMemory(content))
+        except data.DataError:
+            counts["refused"] += 1
+            assert case % 10 != 1, content
+            continue
+        counts["read"] += 1
+        assert kept == expected_labels(content), content
+        assert not kept.keys() & dropped.keys()
+    assert min(counts.values()) > 1500, counts
+
+
+def test_fuzzed_caption_files_give_a_clean_error_or_the_right_captions():
+    rng, counts = np.random.default_rng(), {"read": 0, "refused": 0}
+    good = json.dumps(CAPTIONS).encode()
+    for case in range(10000):
+        content = rng.bytes(rng.integers(60)) if case % 10 == 0 else good if case % 10 == 1 else mutate(good, rng)
+        if case % 1000 == 999:
+            content = b'{"images":' * 30000 + b"[" * 30000  # deeper than Python's stack
+        try:
+            files, captions, unlisted = data.parse_captions(content, "captions.json")
+        except data.DataError:
+            counts["refused"] += 1
+            assert case % 10 != 1, content
+            continue
+        counts["read"] += 1
+        parsed = json.loads(content)
+        assert sorted(files.items()) == sorted((image["id"], image["file_name"]) for image in parsed["images"]), content
+        pairs = [(note["image_id"], note["caption"].strip()) for note in parsed["annotations"]]
+        assert sorted((i, text) for i, texts in captions.items() for text in texts) == sorted(pairs), content
+        assert set(unlisted) == {i for i, _ in pairs} - files.keys()
+        for text in (*files.values(), *(text for _, text in pairs)):
+            text.encode()  # what cannot be encoded would fail much later, in the tokenizer
+    assert min(counts.values()) > 1500, counts
