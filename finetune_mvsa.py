@@ -14,8 +14,8 @@ Protocols: `standard` splits each set alone 8:1:1, stratified by label (or by --
 with repeated images and texts kept on one side; `authors` pools both sets, splits them at random and upsamples the
 training part. Modes: `probe` fits a linear head on frozen features; `finetune` trains X~ on from there, with the head.
 
-All choices are made by accuracy on validation: the head's regularisation and class weights, the fine-tuning's learning rate
-and epoch. The test posts are scored once, with what was chosen. The figures, mean and standard deviation over seeds:
+All choices are made on validation: the head's regularisation and class weights by accuracy, the fine-tuning's start, learning
+rate and epoch by cross-entropy. The test posts are scored once, with what was chosen. The figures, mean and standard deviation over seeds:
 
     accuracy         share of test posts with the right label
     weighted F1      F1 of each class, averaged by its number of posts: the "F1" that MVSA papers print
@@ -227,12 +227,15 @@ class Classifier(torch.nn.Module):
 def finetune(encoder, x, posts, y, train, validation, args, seed):
     """Train X~ and the head on the training posts -> (Classifier, its choice). Looks at the labels of no other posts.
 
-    `x` are X~'s pooled features [P, D]. The start is the probe on these or on these beside the frozen ones, whichever is
-    better on validation, and its class weights are kept. For each learning rate training ends with the first epoch that is
-    worse on validation; what is kept is the best epoch of all, the probe itself (epoch 0) included.
+    `x` are X~'s pooled features [P, D]. The start is the probe on these or on these beside the frozen ones, whichever has
+    the lower cross-entropy on validation (of a few hundred posts, accuracy hardly tells two epochs apart), and its class
+    weights are kept. For each learning rate training ends with the first epoch that is worse on validation; what is kept is
+    the best epoch of all, the probe itself (epoch 0) included.
     """
-    probes = [fit_head(features, y, train, validation) for features in (x, np.hstack([x, posts.features[CONCAT]]))]
-    beside = probes[1][1]["validation"] > probes[0][1]["validation"]
+    inputs = x, np.hstack([x, posts.features[CONCAT]])
+    probes = [fit_head(features, y, train, validation) for features in inputs]
+    losses = [validation_loss(y, full(head, features[validation]), validation) for (head, _), features in zip(probes, inputs)]
+    beside = losses[1] < losses[0]
     probe, choice = probes[beside]
     choice = {**choice, "beside the frozen features": bool(beside), "lr": None, "epoch": 0}
     counts = np.bincount(y[train], minlength=len(data.LABELS))
@@ -241,23 +244,30 @@ def finetune(encoder, x, posts, y, train, validation, args, seed):
     balance = torch.tensor(balance, dtype=torch.float32, device=posts.net.device)
     classifier = Classifier(encoder, probe, beside)
     start = copy.deepcopy(classifier.state_dict())
-    first = accuracy_score(y[validation], predict(classifier, posts, validation).argmax(1))
+    first = validation_loss(y, predict(classifier, posts, validation), validation)
     best = first, start
     for lr in LEARNING_RATES:
         classifier.load_state_dict(start)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
-        rng, highest = np.random.default_rng(seed), first
+        rng, lowest = np.random.default_rng(seed), first
         for epoch in range(1, args.finetune_epochs + 1):
             train_epoch(classifier, optimizer, posts, y, rng.permutation(train), balance)
-            accuracy = accuracy_score(y[validation], predict(classifier, posts, validation).argmax(1))
-            if accuracy > best[0]:
-                best = accuracy, copy.deepcopy(classifier.state_dict())
-                choice = {**choice, "lr": lr, "epoch": epoch, "validation": accuracy}
-            if accuracy < highest:
+            probabilities = predict(classifier, posts, validation)
+            loss = validation_loss(y, probabilities, validation)
+            if loss < best[0]:
+                best = loss, copy.deepcopy(classifier.state_dict())
+                choice = {**choice, "lr": lr, "epoch": epoch,
+                          "validation": accuracy_score(y[validation], probabilities.argmax(1))}
+            if loss > lowest:
                 break
-            highest = accuracy
+            lowest = loss
     classifier.load_state_dict(best[1])
     return classifier, choice
+
+
+def validation_loss(y, probabilities, validation):
+    """Mean cross-entropy of probabilities [V, 3] at the posts of those indices."""
+    return float(-np.log(np.maximum(probabilities[np.arange(len(validation)), y[validation]], 1e-7)).mean())
 
 
 def train_epoch(classifier, optimizer, posts, y, order, balance):
