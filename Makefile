@@ -14,8 +14,9 @@ MVSA := data/mvsa
 PRESET := $(if $(and $(wildcard $(COCO)),$(wildcard $(MVSA))),small,toy)
 OUT := out/$(PRESET)
 # Passed on to pretrain.py and finetune_mvsa.py: DEVICE=cpu, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, IMAGE_ENCODER=NAME,
-# EPOCHS=N, TARGET=ema|image, SPLIT=FOLDER, CACHE=DIR|off.
+# EPOCHS=N, TARGET=ema|image, SPLIT=FOLDER, CACHE=DIR|off; GPUS=N pretrains with so many processes.
 DEVICE := auto
+TRAIN := $(PY)$(if $(GPUS), -m torch.distributed.run --nproc_per_node=$(GPUS))
 PRETRAIN_ARGS := $(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(IMAGE_WEIGHTS),--image_weights $(IMAGE_WEIGHTS)) \
 	$(if $(TEXT_ENCODER),--text_encoder $(TEXT_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TARGET),--target $(TARGET))
 EVAL_ARGS := $(if $(SPLIT),--split $(SPLIT))
@@ -38,7 +39,7 @@ ifeq ($(PRESET),toy)
 	@$(PY) data.py toy $(TOY)
 endif
 	@$(PY) data.py check --coco $(RUN_COCO) --mvsa $(RUN_MVSA)
-	@$(PY) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --cache $(CACHE) --device $(DEVICE) --resume $(PRETRAIN_ARGS)
+	@$(TRAIN) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --cache $(CACHE) --device $(DEVICE) --resume $(PRETRAIN_ARGS)
 	@$(call once,eval,eval.json,$(PY) pretrain.py --eval $(OUT)/checkpoint.pt --coco $(RUN_COCO) --device $(DEVICE))
 	@$(call once,finetune,results.json,$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --cache $(CACHE) --device $(DEVICE) $(EVAL_ARGS))
 
