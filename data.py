@@ -58,12 +58,12 @@ def exit_code(command, mend, memory):
     except FloatingPointError as error:
         code, text = 1, error
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; the same command begins where the feature cache ends (pretrain.py: with --resume)"
+        code, text = 130, "interrupted; the feature cache, the last checkpoint and the answers of finished seeds are kept"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        code, text = 2, f"{error.filename or 'a file of --out or --cache'} cannot be written: {error.strerror}; make room, or name " \
-            "another folder with --out or --cache"
+        code, text = 2, (f"{error.filename or 'a file of --out or --cache'} cannot be written: {error.strerror}; make room, or "
+                         "name another folder with --out or --cache")
     except (MemoryError, RuntimeError) as error:
         # torch has a class of its own for a full GPU, and on a CPU says it in a RuntimeError
         known = ("can't allocate memory", "DataLoader worker (pid")  # the second: the system killed it, which is why it does

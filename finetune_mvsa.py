@@ -15,7 +15,8 @@ with repeated images and texts kept on one side; `authors` pools both sets, spli
 training part. Modes: `probe` fits a linear head on frozen features; `finetune` trains X~ on from there, with the head.
 
 All choices are made on validation: the head's regularisation and class weights by accuracy, the fine-tuning's start, learning
-rate and epoch by cross-entropy. The test posts are scored once, with what was chosen. The figures, mean and standard deviation over seeds:
+rate and epoch by cross-entropy. The test posts are scored once, with what was chosen. The figures, mean and standard
+deviation over seeds:
 
     accuracy         share of test posts with the right label
     weighted F1      F1 of each class, averaged by its number of posts: the "F1" that MVSA papers print
@@ -112,7 +113,7 @@ class Posts:
         self.net, self.args = net, args
         items = [(post.image, [post.text]) for post in posts]
         self.source = data.open_source(args.cache, items, net, args.cache_dtype, args.workers)
-        self.features, kept = self.pool(range(len(posts)), left_out, posts)
+        self.features, kept = self.pool(left_out)
         self.rows, self.posts = kept, [posts[i] for i in kept]  # index into the source, for fine-tuning
         self.labels = np.array([post.label for post in self.posts])
         self.sets = np.array([post.set for post in self.posts])
@@ -130,7 +131,7 @@ class Posts:
         return s_image.float(), s_text.float(), text_mask
 
     @torch.no_grad()
-    def pool(self, rows, left_out, posts):
+    def pool(self, left_out):
         """All frozen features in one pass: ({row: [P, D] array}, indices of the posts whose image can be read).
 
         The untrained X~ has one array for each seed, under (row, seed). An empty image is one of the mean colour.
@@ -138,6 +139,7 @@ class Posts:
         net, features, kept = self.net, {}, []
         encoders = {PRETRAINED: net.target_encoder, **{(UNTRAINED, seed): untrained(net, seed) for seed in self.args.seeds}}
         nothing = net.frozen(torch.zeros(1, *net.image_encoder.data_config["input_size"]), [""])
+        rows = range(len(self.source.items))
         for indices, batch in tqdm(self.batches(rows), desc="features", total=-(-len(rows) // self.args.batch_size)):
             left_out.add_broken(batch, self.source.items)
             if not batch.size:
@@ -276,7 +278,8 @@ def train_epoch(classifier, optimizer, posts, y, order, balance):
     for start in range(0, len(order), FINETUNE_BATCH):
         part = order[start:start + FINETUNE_BATCH]
         rows = [posts.rows[i] for i in part]
-        loss = F.cross_entropy(classifier(*posts.float_features(rows)), torch.from_numpy(y[part]).to(balance.device), weight=balance)
+        labels = torch.from_numpy(y[part]).to(balance.device)
+        loss = F.cross_entropy(classifier(*posts.float_features(rows)), labels, weight=balance)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
@@ -305,7 +308,9 @@ def answers(posts, seed, split, args):
     """Every row's answer for every test post of one split: list of dicts, the lines of predictions.csv, and the choices
     made, by row."""
     (train, validation, test), lines, choices, y = split, [], {}, posts.labels
-    encoders = {TUNED: (PRETRAINED, posts.net.target_encoder), TUNED_UNTRAINED: (UNTRAINED, untrained(posts.net, seed))}
+    encoders = {}
+    if "finetune" in args.mode:
+        encoders = {TUNED: (PRETRAINED, posts.net.target_encoder), TUNED_UNTRAINED: (UNTRAINED, untrained(posts.net, seed))}
     for row in (row for mode in args.mode for row in ROWS[mode]):
         if row == MAJORITY:
             head, choice = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), y[train]), None
@@ -381,7 +386,8 @@ def bootstrap(lines, row, other, draws=2000):
     gains = np.array([float(right[seed, post, row]) - right[seed, post, other] for seed, post in pairs])
     posts, which = np.unique([post for _, post in pairs], return_inverse=True)
     sums, counts = (np.bincount(which, weights=weights) for weights in (gains, np.ones(len(gains))))  # by post
-    times = np.random.default_rng(0).multinomial(len(posts), np.full(len(posts), 1 / len(posts)), size=draws)  # [draws, posts]
+    equal = np.full(len(posts), 1 / len(posts))
+    times = np.random.default_rng(0).multinomial(len(posts), equal, size=draws)  # [draws, posts]
     low, high = np.percentile(times @ sums / (times @ counts), (2.5, 97.5))
     return [100 * value for value in (gains.mean(), low, high)]
 
@@ -410,7 +416,8 @@ def judge(net, folders, args):
             rows = {line["row"] for line in mine}
             results[str(kind)] = {
                 "posts": len(labels), "labels": {label: int((labels == i).sum()) for i, label in enumerate(data.LABELS)},
-                "read": {"posts": len(labels)}, "left_out": left_out.counts(), "split_sizes": sizes, "split_notes": notes, "split_hash": hashes,
+                "read": {"posts": len(labels)}, "left_out": left_out.counts(),
+                "split_sizes": sizes, "split_notes": notes, "split_hash": hashes,
                 "scores": score(mine), "choices": choices,
                 "differences": {f"{a} minus {b}": bootstrap(mine, a, b) for a, b in COMPARED if {a, b} <= rows}}
         every += lines
@@ -481,7 +488,8 @@ def code_version():
         return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True)
     try:
         commit = git("rev-parse", "HEAD")
-        return commit.stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout) if not commit.returncode else "none"
+        changed = bool(git("status", "--porcelain", "-uno").stdout)
+        return commit.stdout.strip() + "+" * changed if not commit.returncode else "none"
     except FileNotFoundError:  # no git on this machine
         return "none"
 

@@ -406,7 +406,8 @@ def sample_masks(grid, batch, generator, blocks=4, target_area=(0.15, 0.2), targ
     context_h, context_w = block_size(grid, context_area, (1.0, 1.0), generator)
     minimum = max(1, N // 10)  # fewer visible patches than this, and the image's masks are drawn again
     if N - h * w < minimum:
-        raise ModelError(f"a {rows} x {columns} patch grid is too small for block masks: take an --image_encoder with more patches")
+        raise ModelError(f"a {rows} x {columns} patch grid is too small for block masks: take an --image_encoder with more "
+                         "patches")
 
     def corners(count, height, width):  # of blocks that may touch every edge: 2 x [batch, count]
         return (torch.randint(rows - height + 1, (batch, count), generator=generator),
@@ -531,8 +532,8 @@ class TIJEPA(nn.Module):
         ModelError if H and W are not the encoder's."""
         size = self.image_encoder.data_config["input_size"]
         if tuple(images.shape[1:]) != size:
-            raise ModelError(f"images of {list(images.shape[1:])}, where {self.config.image_encoder} takes {list(size)}: prepare "
-                             "them with data.image_transform(model.image_encoder.data_config)")
+            raise ModelError(f"images of {list(images.shape[1:])}, where {self.config.image_encoder} takes {list(size)}: "
+                             "prepare them with data.image_transform(model.image_encoder.data_config)")
         with autocast(self.device):
             return torch.cat([self.image_encoder(part.to(self.device, non_blocking=True)) for part in images.split(64)])
 
@@ -646,8 +647,8 @@ def choose_device(name="auto"):
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ModelError(f"--device {name} cannot be had here ({str(error).splitlines()[0]}); --device auto takes what there "
-                         "is") from error
+        raise ModelError(f"--device {name} cannot be had here ({str(error).splitlines()[0]}); --device auto takes what "
+                         "there is") from error
     return device
 
 

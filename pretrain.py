@@ -84,8 +84,8 @@ def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy")
     preset = first.parse_known_args(argv)[0].preset
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=f"Defaults shown: preset {preset}.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=f"Defaults shown: preset {preset}.",
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, config = parser.add_argument, model.PRESETS[preset]
     add("--preset", choices=PRESETS, default="toy", help="architecture and training defaults")
     add("--coco", default="data/coco", help="folder with train2017/ and annotations/captions_train2017.json")
@@ -158,8 +158,8 @@ def warmup_cosine(step, total, warmup, start, peak, final):
 def make_config(args, captions):
     """The model's Config by the arguments. `captions` give the toy text encoder its words; no other looks at them."""
     words = sorted({word for caption in captions for word in caption.lower().split()})
-    local = {name: str(Path(path).resolve()) if path not in ("", "toy") and Path(path).exists() else path
-             for name, path in (("image_weights", args.image_weights), ("text_encoder", args.text_encoder))}  # for any folder
+    local = {name: str(Path(path).resolve()) if path not in ("", "toy") and Path(path).exists() else path  # from any folder
+             for name, path in (("image_weights", args.image_weights), ("text_encoder", args.text_encoder))}
     return replace(model.PRESETS[args.preset], image_encoder=args.image_encoder, self_attention=args.self_attention,
                    loss=args.loss, target=args.target, vicreg=args.vicreg,
                    vocabulary=words if args.text_encoder == "toy" else [], **local)
@@ -337,7 +337,8 @@ class Trainer:
         """One optimiser step and one EMA step -> this process's part of the mean loss of the `images` of the batch [], and
         the gradient norm []."""
         share = len(masks.context) * self.ranks.size / images
-        loss, norm = train_step(self.net, self.trained_half, self.optimizer, self.scaler, micro, masks, self.args.clip, share)
+        loss, norm = train_step(self.net, self.trained_half, self.optimizer, self.scaler, micro, masks, self.args.clip,
+                                share)
         self.net.update_target(self.momentum)
         return loss * share / self.ranks.size, norm
 
@@ -405,7 +406,8 @@ def train(trainer, pairs, out_dir, dataset, identity, checkpoint, per_epoch):
                             images_per_s=(images - images_before) / seconds, data_wait=trainer.waited / seconds,
                             **monitor(net, pairs))
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-                log.write((json.dumps({**line, "read": dataset.read(), "left_out": dataset.left_out.counts()}) + "\n").encode())
+                line.update(read=dataset.read(), left_out=dataset.left_out.counts())
+                log.write((json.dumps(line) + "\n").encode())
                 log.flush()
             losses, images, images_before, trainer.waited, clock = [], 0, 0, 0.0, time.time()
             if done // per_epoch > saved_epoch:  # only here, where the losses are known to be finite
@@ -719,8 +721,8 @@ def run(args):
     train_index, held = dataset.hold_out(args.held_out)
     parts = -(-args.accumulate // ranks.size) * ranks.size
     if not parts <= args.batch_size <= len(train_index):
-        raise data.DataError(f"--batch_size {args.batch_size} must be at most the {len(train_index)} images to train on, and at "
-                             f"least the {parts} parts that --accumulate and the processes split it into")
+        raise data.DataError(f"--batch_size {args.batch_size} must be at most the {len(train_index)} images to train on, and "
+                             f"at least the {parts} parts that --accumulate and the processes split it into")
     out_dir = data.make_folder(args.out, "--out")
     per_epoch = len(train_index) // args.batch_size
     steps = args.epochs * per_epoch
@@ -728,6 +730,8 @@ def run(args):
     identity = {"data": dataset.fingerprint()}
     checkpoint = find_checkpoint(out_dir / "checkpoint.pt", args, config, identity) if args.resume else None
     if checkpoint and checkpoint["step"] == steps:
+        if not (out_dir / "curves.png").exists():  # killed between the last checkpoint and this
+            draw_curves(out_dir / "log.jsonl", out_dir / "curves.png")
         print(f"pretrain: {out_dir / 'checkpoint.pt'} has all its {steps} steps, nothing is left to do")
         return 0
     print(f"pretrain: preset {args.preset}, {len(train_index)} images of {args.coco} to train on, {len(held)} held out (left "
@@ -737,23 +741,26 @@ def run(args):
     net = model.TIJEPA(config).to(device)
     identity["encoder_weights"] = net.fingerprint()
     if checkpoint and checkpoint["encoder_weights"] != identity["encoder_weights"]:
-        raise data.DataError(f"--resume: {out_dir / 'checkpoint.pt'} was trained on other weights of f_I or f_T; give the same, or "
-                             "another --out")
+        raise data.DataError(f"--resume: {out_dir / 'checkpoint.pt'} was trained on other weights of f_I or f_T; give the "
+                             "same, or another --out")
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     frozen = sum(p.numel() for part in (net.image_encoder, net.text_encoder) for p in part.parameters())
     print(json.dumps({"args": vars(args), "model": asdict(replace(net.config, vocabulary=[])),
                       "patch_grid": net.grid, "parameters": {"trained": trained, "frozen": frozen}}, indent=1))
     if args.bench:
+        if ranks.size > 1:
+            raise data.DataError("--bench measures one process: run it without torchrun")
         bench(args, dataset, train_index, net)
         return 0
     source = data.open_source(args.cache, dataset.items, net, args.cache_dtype, args.workers)
     pairs = held_out_pairs(net, source, held, dataset.left_out) if ranks.master else None
-    trainer = Trainer(args, net, source, train_index, checkpoint["step"] if checkpoint else 0, steps, dataset.left_out, ranks)
+    first = checkpoint["step"] if checkpoint else 0
+    trainer = Trainer(args, net, source, train_index, first, steps, dataset.left_out, ranks)
     stopped = train(trainer, pairs, out_dir, dataset, identity, checkpoint, per_epoch)
     if ranks.master and not stopped:
         draw_curves(out_dir / "log.jsonl", out_dir / "curves.png")
-    print(f"pretrain: wrote {out_dir / 'checkpoint.pt'} and {out_dir / 'log.jsonl'}; read {describe(dataset.read())}; left out: "
-          f"{dataset.left_out}")
+    print(f"pretrain: wrote {out_dir / 'checkpoint.pt'} and {out_dir / 'log.jsonl'}; read {describe(dataset.read())}; left "
+          f"out: {dataset.left_out}")
     if ranks.size > 1:
         dist.destroy_process_group()
     return 128 + stopped if stopped else 0

@@ -532,6 +532,15 @@ def test_repeated_ids_and_unknown_headers_are_refused(tmp_path):
         data.load_mvsa(write_labels(tmp_path / "b", [], 2))
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_label_files_with_any_line_end_and_byte_order_mark_are_the_same(tmp_path, newline, mark):
+    folder = write_labels(tmp_path / "set", ["1\tpositive,positive", "", "2\tNeutral , negative"], 1, newline, posts=False)
+    labels = folder / "labelResultAll.txt"
+    labels.write_bytes(mark + labels.read_bytes())
+    assert data.read_labels(labels) == ({"1": 0, "2": 2}, {})
+
+
 @pytest.mark.parametrize("content, text", [
     (b"plain\r\n", "plain"), ("caf\u00e9 \u4f60\u597d".encode(), "caf\u00e9 \u4f60\u597d"), (b"\xef\xbb\xbfbom", "bom"),
     ("\u4f60\u597d".encode("gb18030"), "\u4f60\u597d"), (b"caf\xe9", "caf\u00e9"), (b"", ""), (b"\xff\xff\xff", "\xff" * 3)])
