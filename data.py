@@ -96,6 +96,12 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save hides the error of a full disk behind one of its own
+        found = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(found, OSError):
+            raise
+        found.filename = str(path)
+        raise found
     finally:
         part.unlink(missing_ok=True)  # still there only after an error: on a full disk it would be in the way
     folder = os.open(path.parent, os.O_RDONLY)

@@ -120,7 +120,8 @@ def parse_args(argv=None):
         "every image again each time it is drawn")
     add("--cache_dtype", choices=list(data.ON_DISK), default="float16", help="of the cached features")
     add("--compile", action="store_true", help="torch.compile the trained half (minutes at the start; for CUDA)")
-    add("--log_every", type=count(1), default=None, help="steps between log lines")
+    add("--log_every", type=count(1), default=None, help="steps between log lines; the first one after each epoch is "
+        "also when the checkpoint is written")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt if it is there")
     add("--bench", action="store_true", help="do not train: measure speed, with and without the cache")
     add("--eval", default="", metavar="CHECKPOINT", help="do not train: measure this checkpoint's energies")
@@ -421,7 +422,10 @@ def open_log(path, size, master):
     if not master:
         return open(os.devnull, "ab")
     log = open(path, "ab")
-    log.truncate(min(size, log.seek(0, os.SEEK_END)))
+    there = log.seek(0, os.SEEK_END)
+    if there < size:
+        print(f"pretrain: {path} is shorter than when the checkpoint was written: lines of it are lost")
+    log.truncate(min(size, there))
     log.seek(0, os.SEEK_END)
     return log
 
@@ -441,10 +445,10 @@ def find_checkpoint(path, args, config, identity):
     if not path.exists():
         return None
     checkpoint = model.load_checkpoint_file(path)
-    pairs = [(f"--{key}", checkpoint["args"].get(key), value) for key, value in vars(args).items() if key not in FREE]
-    pairs += [(key, checkpoint["config"].get(key), value) for key, value in asdict(config).items() if key not in vars(args)]
-    pairs += [(key, checkpoint.get(key), value) for key, value in identity.items()]
-    differs = [f"{key} (then {str(old)[:60]}, now {str(new)[:60]})" for key, old, new in pairs if old != new]
+    compared = [(f"--{key}", checkpoint["args"].get(key), value) for key, value in vars(args).items() if key not in FREE]
+    compared += [(key, checkpoint["config"].get(key), value) for key, value in asdict(config).items() if key not in vars(args)]
+    compared += [(key, checkpoint.get(key), value) for key, value in identity.items()]
+    differs = [f"{key} (then {str(old)[:60]}, now {str(new)[:60]})" for key, old, new in compared if old != new]
     if differs:
         raise data.DataError(f"--resume: {path} is of another run, it differs in {', '.join(differs)}; give the same, or "
                              "another --out, or remove it")
@@ -729,6 +733,8 @@ def run(args):
     config = make_config(args, [caption for _, captions in dataset.items for caption in captions])
     identity = {"data": dataset.fingerprint()}
     checkpoint = find_checkpoint(out_dir / "checkpoint.pt", args, config, identity) if args.resume else None
+    if not args.resume and not args.bench and (out_dir / "checkpoint.pt").exists():
+        print(f"pretrain: begins anew and will replace {out_dir / 'checkpoint.pt'}; --resume would go on from it")
     if checkpoint and checkpoint["step"] == steps:
         if not (out_dir / "curves.png").exists():  # killed between the last checkpoint and this
             draw_curves(out_dir / "log.jsonl", out_dir / "curves.png")

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -1626,6 +1627,21 @@ def test_bad_input_gets_a_sentence_and_exit_code_2(what, bad_folder, toy, pretra
     said = " ".join(capsys.readouterr().err.split())
     assert code == 2 and "error:" in said
     assert all(word.format(**names).lower() in said.lower() for word in BAD[what][1].split()), said
+
+
+def test_a_disk_that_fills_up_within_a_checkpoint_leaves_the_one_before(whole, tmp_path, capsys):
+    options, expected = whole
+    options = [str(option) for option in (*options, "--out", tmp_path, "--resume")]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, before[1]))  # no file larger: the checkpoint has 5 MB
+        assert pretrain.main(options) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{tmp_path}/checkpoint.pt cannot be written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]  # nothing half-made
+    assert pretrain.main(options) == 0
+    assert len(outcome(tmp_path)[1]) == len(expected[1])
 
 
 @pytest.mark.parametrize("lost", ["GPU", "CPU", "reader"])
