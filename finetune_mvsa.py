@@ -336,9 +336,10 @@ def predictions(posts, splits, args, name, checkpoint):
     """The answers of all seeds: (lines, {row: {seed: choice}}). Those of a seed are kept in OUT/partial until the results
     are written, so that a run that is cut off goes on at its seed; `checkpoint` is a hash of the weights."""
     lines, choices = [], {}
+    code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, model.__file__, data.__file__))).hexdigest()
     same = {key: value for key, value in vars(args).items() if key not in FREE}
     for seed, split in tqdm(splits.items(), desc="heads"):
-        made_from = json.dumps([same, checkpoint, [[(str(posts.sets[i]), posts.posts[i].id, int(posts.labels[i]))
+        made_from = json.dumps([same, checkpoint, code, [[(str(posts.sets[i]), posts.posts[i].id, int(posts.labels[i]))
                                                     for i in part] for part in split]])
         path = Path(args.out) / "partial" / f"{args.protocol}-{name}-{seed}.json"
         made_from = hashlib.sha256(made_from.encode()).hexdigest()

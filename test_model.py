@@ -1396,7 +1396,7 @@ def test_a_checkpoint_cannot_run_code_and_a_torn_one_is_refused(pretrained, tmp_
     (tmp_path / "torn.pt").write_bytes(content[:len(content) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"config": Runs()}))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"config": Runs()}, protocol=2))
     for path in (*tmp_path.iterdir(), tmp_path, tmp_path / "none.pt"):
         assert pretrain.main(["--eval", str(path), "--coco", "/nowhere"]) == 2
         assert f"{path} is not a whole checkpoint" in capsys.readouterr().err
@@ -1473,7 +1473,10 @@ def test_make_reproduce_does_not_do_again_what_is_done(tmp_path):
 
 
 def test_a_cut_off_toy_world_is_written_again(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "write_toy_mvsa", lambda *rest: exec("raise KeyboardInterrupt"))
+    def interrupted(*rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "write_toy_mvsa", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.write_toy(tmp_path / "toy", images=40, posts=60)
     assert not (tmp_path / "toy").exists()
