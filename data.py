@@ -62,8 +62,8 @@ def exit_code(command, mend, memory):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        code, text = 2, (f"{error.filename or 'a file of --out or --cache'} cannot be written: {error.strerror}; make room, or "
-                         "name another folder with --out or --cache")
+        code, text = 2, (f"{error.filename or 'a file of --out or --cache'} cannot be written or read: {error.strerror}; "
+                         "make room, mend its rights, or name another folder with --out or --cache")
     except (MemoryError, RuntimeError) as error:
         # torch has a class of its own for a full GPU, and on a CPU says it in a RuntimeError
         known = ("can't allocate memory", "DataLoader worker (pid")  # the second: the system killed it, which is why it does
@@ -422,7 +422,10 @@ def feature_cache(root, items, net, dtype, workers):
             if not folder.is_dir():
                 make_cache(folder, pictures, net, recipe, offsets, workers)
     cache = FeatureCache(folder, items, recipe)
-    print(f"features: {folder}, {len(items)} images, {len(offsets) - 1} texts, {len(cache.broken)} broken images")
+    most = net.text_encoder.max_tokens
+    cut = int((np.diff(offsets) >= most).sum())
+    print(f"features: {folder}, {len(items)} images, {len(offsets) - 1} texts, {len(cache.broken)} broken images"
+          + (f"; {cut} texts have {most} tokens or more, of which f_T reads {most}" if cut else ""))
     return cache
 
 

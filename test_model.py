@@ -750,6 +750,14 @@ def test_cached_features_are_those_encoded_on_the_fly(toy, small, tmp_path, dtyp
     assert torch.allclose(*energies, rtol=10 * tolerance)
 
 
+def test_texts_that_are_cut_are_counted(toy, small, tmp_path, capsys):
+    (first, _), (second, _) = data.CocoCaptions(toy / "coco").items[:2]
+    make(tmp_path, [(first, ["red", "red " * 63]), (second, ["red " * 500])], small)  # [CLS] and [SEP] count as well
+    assert "2 texts have 64 tokens or more, of which f_T reads 64" in capsys.readouterr().out
+    make(tmp_path, [(first, ["red " * 61])], small)
+    assert "tokens or more" not in capsys.readouterr().out
+
+
 def test_all_of_a_batch_may_be_broken(toy, small, tmp_path):
     items = data.CocoCaptions(toy / "coco").items[-1:] * 3  # a cache of nothing but broken images
     for source in (make(tmp_path, items, small), data.Pictures(items, small.image_encoder.data_config)):
@@ -1568,7 +1576,7 @@ BAD = {  # what is wrong: (command, words of the message); {x} is a folder that 
     "cache below a file": ("pretrain.py --coco {toy}/coco --batch_size 8 --held_out 8 --out {x}/o --cache {x}/file/c",
                            "--cache {x}/file/c"),
     "disk full": ("pretrain.py --coco {toy}/coco --batch_size 8 --held_out 8 --epochs 1 --out {x}/full --cache off",
-                  "cannot be written: No space left --out"),
+                  "cannot be written No space left --out"),
     "no checkpoint": ("finetune_mvsa.py --mvsa {toy}/mvsa --checkpoint {x}/none --out {x}/o", "{x}/none checkpoint"),
     "typed captions without an image": ("pretrain.py --eval {checkpoint} --captions red", "--image --captions"),
     "typed image that is none": ("pretrain.py --eval {checkpoint} --captions red --image {x}/file", "--image {x}/file"),
