@@ -158,12 +158,12 @@ def warmup_cosine(step, total, warmup, start, peak, final):
 
 def make_config(args, captions):
     """The model's Config by the arguments. `captions` give the toy text encoder its words; no other looks at them."""
-    words = sorted({word for caption in captions for word in caption.lower().split()})
+    words = {word for caption in captions for word in caption.lower().split()} if args.text_encoder == "toy" else ()
     local = {name: str(Path(path).resolve()) if path not in ("", "toy") and Path(path).exists() else path  # from any folder
              for name, path in (("image_weights", args.image_weights), ("text_encoder", args.text_encoder))}
     return replace(model.PRESETS[args.preset], image_encoder=args.image_encoder, self_attention=args.self_attention,
                    loss=args.loss, target=args.target, vicreg=args.vicreg,
-                   vocabulary=words if args.text_encoder == "toy" else [], **local)
+                   vocabulary=sorted(words), **local)
 
 
 def build_optimizer(net, device):
@@ -189,7 +189,7 @@ class Ranks:
         device = model.choose_device(name)
         if self.size > 1:
             if device.type == "cuda":
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                device = model.choose_device(f"cuda:{os.environ['LOCAL_RANK']}")  # more processes than GPUs: said in words
                 torch.cuda.set_device(device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             if not self.master:
