@@ -1012,6 +1012,7 @@ SERVER.set_forkserver_preload(["test_model"])
 def in_child(script, options, out, folder):
     """What a child of the fork server runs: `python script options` in `folder`, with its output to files."""
     os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # or a DataLoader would start a fork server of its own
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.exit(importlib.import_module(script.removesuffix(".py")).main(options))
@@ -1028,7 +1029,7 @@ def start(script, *options):
 
 def run(script, *options):
     process, out = start(script, *options)
-    process.join(200)
+    process.join(300)
     return subprocess.CompletedProcess(options, process.exitcode, *((out / name).read_text() for name in ("stdout", "stderr")))
 
 
@@ -1082,7 +1083,10 @@ def test_bench_prints_what_the_readme_explains(toy, tmp_path, monkeypatch, capsy
     figures = {line[:52].strip(): float(line[52:]) for line in lines if line[50:52] == "  "}
     readme = " ".join((HERE / "README.md").read_text().split())
     assert len(figures) == 14 and all(name.split(",")[0] in readme for name in figures)
-    assert figures["cached, images/s"] > figures["uncached, images/s"] > 0
+    for kind in ("cached", "uncached"):  # which is faster is not for a test of 4 steps of the toy to say
+        images = figures[f"{kind}, images/s"] * figures[f"{kind}, ms per step"] / 1000
+        assert images == pytest.approx(8, rel=0.05) and 0 <= figures[f"{kind}, waiting for data, %"] < 100
+    assert 0.1 < figures["ratio cached / uncached"] < 10
     frozen, trained = (figures[f"{name}, GFLOP per image"] for name in ("frozen", "trained"))
     assert figures["ratio that the FLOPs promise"] == pytest.approx((frozen + trained) / trained, rel=1e-3)
     # f_I by hand: 37 tokens of width 96, 2 blocks of 12 D^2 + 2 N D multiply-adds, and 36 patches of 192 values embedded
@@ -1306,7 +1310,7 @@ def whole(toy, tmp_path_factory):
     return options, outcome(folder / "out")
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=120):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end and process.is_alive(), "it never came"
@@ -1327,7 +1331,7 @@ def test_ctrl_c_and_sigterm_save_and_resume_goes_on_exactly(toy, whole, tmp_path
         process, out = start("pretrain.py", *options, *extra, "--out", tmp_path, "--resume")
         wait_for(lambda: logged(tmp_path) > least, process)
         os.kill(process.pid, number)
-        process.join(60)
+        process.join(120)
         step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
         assert process.exitcode == code and logged(tmp_path) == step >= least
         assert f"stopped after step {step} of 40" in (out / "stdout").read_text()
@@ -1356,7 +1360,8 @@ def test_kill_9_at_20_random_moments_loses_nothing_but_time(whole, tmp_path):
         process, _ = start("pretrain.py", *options, "--out", tmp_path, "--resume")
         if rng.random() < 0.8:  # while it trains; else wherever it is: building, reading, checking
             lines = logged(tmp_path)
-            wait_for(lambda: logged(tmp_path) > lines or not process.is_alive(), process)
+            while process.is_alive() and logged(tmp_path) <= lines:
+                time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.join()
