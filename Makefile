@@ -19,7 +19,9 @@ DEVICE := auto
 TRAIN := $(PY)$(if $(GPUS), -m torch.distributed.run --nproc_per_node=$(GPUS))
 PRETRAIN_ARGS := $(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(IMAGE_WEIGHTS),--image_weights $(IMAGE_WEIGHTS)) \
 	$(if $(TEXT_ENCODER),--text_encoder $(TEXT_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TARGET),--target $(TARGET))
-EVAL_ARGS := $(if $(SPLIT),--split $(SPLIT))
+# The first table has all modes and SPLIT; the other protocols, on the toy or by PROTOCOLS="standard grouped", the probes.
+PROTOCOLS := $(if $(filter toy,$(PRESET)),standard grouped authors,standard)
+options_of = $(if $(filter standard,$(1)),$(if $(SPLIT),--split $(SPLIT)),--protocol $(1) --mode probe)
 TOY := data/toy
 RUN_COCO := $(if $(filter toy,$(PRESET)),$(TOY)/coco,$(COCO))
 RUN_MVSA := $(if $(filter toy,$(PRESET)),$(TOY)/mvsa,$(MVSA))
@@ -32,7 +34,7 @@ help: ## list the targets
 # $(call once,stage,what it writes,command): a stage that is done is not done again. Its command is kept in OUT/.stage when
 # it has succeeded; another command, or a newer checkpoint, makes it run again. pretrain.py itself knows how far it got.
 once = if [ "$$(cat $(OUT)/.$(1) 2>/dev/null)" = "$(strip $(3))" ] && [ $(OUT)/.$(1) -nt $(OUT)/checkpoint.pt ] && [ -f $(OUT)/$(2) ]; \
-	then echo "$(1): done before, see $(OUT)/$(2)"; else $(3) && echo "$(strip $(3))" > $(OUT)/.$(1); fi
+	then echo "$(1): done before, see $(OUT)/$(2)"; else $(3); echo "$(strip $(3))" > $(OUT)/.$(1); fi
 
 reproduce: check-preset packages ## pretrain and evaluate, [PRESET=toy|tiny|small|medium|large COCO=DIR MVSA=DIR VENV=]
 ifeq ($(PRESET),toy)
@@ -41,7 +43,7 @@ endif
 	@$(PY) data.py check --coco $(RUN_COCO) --mvsa $(RUN_MVSA)
 	@$(TRAIN) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --cache $(CACHE) --device $(DEVICE) --resume $(PRETRAIN_ARGS)
 	@$(call once,eval,eval.json,$(PY) pretrain.py --eval $(OUT)/checkpoint.pt --coco $(RUN_COCO) --device $(DEVICE))
-	@$(call once,finetune,results.json,$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --cache $(CACHE) --device $(DEVICE) $(EVAL_ARGS))
+	@$(foreach protocol,$(PROTOCOLS),$(call once,$(protocol),results$(patsubst %,_%,$(filter-out standard,$(protocol))).json,$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --cache $(CACHE) --device $(DEVICE) $(call options_of,$(protocol)));)
 
 # Each variant's options; a run is out/ablate/<variant>-<seed>, and one that is there is not done again.
 plain := --target ema
