@@ -25,6 +25,7 @@ deviation over seeds:
 import argparse
 import copy
 import csv
+import functools
 import hashlib
 import json
 import subprocess
@@ -184,8 +185,8 @@ def split_posts(posts, protocol, split, seeds):
 
 
 def fit_head(x, y, train, validation):
-    """Features [P, D], labels [P], indices -> (head, its choice from the grid and its accuracy on validation). Looks at no
-    other post's label."""
+    """Features [P, D], labels [P], indices -> (head, its choice from the grid with its accuracy and cross-entropy on
+    validation). Looks at no other post's label."""
     best = None
     for weights in CLASS_WEIGHTS:
         for c in REGULARISATION:
@@ -194,6 +195,7 @@ def fit_head(x, y, train, validation):
             accuracy = accuracy_score(y[validation], head.predict(x[validation]))
             if best is None or accuracy > best[1]["validation"]:  # a tie keeps the stronger regularisation, and no weights
                 best = head, {"C": c, "class_weight": weights, "validation": accuracy}
+    best[1]["loss"] = validation_loss(y, full(best[0], x[validation]), validation)
     return best
 
 
@@ -226,18 +228,15 @@ class Classifier(torch.nn.Module):
         return self.head(pooled)
 
 
-def finetune(encoder, x, posts, y, train, validation, args, seed):
+def finetune(encoder, probes, posts, y, train, validation, args, seed):
     """Train X~ and the head on the training posts -> (Classifier, its choice). Looks at the labels of no other posts.
 
-    `x` are X~'s pooled features [P, D]. The start is the probe on these or on these beside the frozen ones, whichever has
+    `probes` are what fit_head gave on X~'s pooled features and on these beside the frozen ones. The start is the one with
     the lower cross-entropy on validation (of a few hundred posts, accuracy hardly tells two epochs apart), and its class
     weights are kept. For each learning rate training ends with the first epoch that is worse on validation; what is kept is
     the best epoch of all, the probe itself (epoch 0) included.
     """
-    inputs = x, np.hstack([x, posts.features[CONCAT]])
-    probes = [fit_head(features, y, train, validation) for features in inputs]
-    losses = [validation_loss(y, full(head, features[validation]), validation) for (head, _), features in zip(probes, inputs)]
-    beside = losses[1] < losses[0]
+    beside = probes[1][1]["loss"] < probes[0][1]["loss"]
     probe, choice = probes[beside]
     choice = {**choice, "beside the frozen features": bool(beside), "lr": None, "epoch": 0}
     counts = np.bincount(y[train], minlength=len(data.LABELS))
@@ -258,7 +257,7 @@ def finetune(encoder, x, posts, y, train, validation, args, seed):
             loss = validation_loss(y, probabilities, validation)
             if loss < best[0]:
                 best = loss, copy.deepcopy(classifier.state_dict())
-                choice = {**choice, "lr": lr, "epoch": epoch,
+                choice = {**choice, "lr": lr, "epoch": epoch, "loss": loss,
                           "validation": accuracy_score(y[validation], probabilities.argmax(1))}
             if loss > lowest:
                 break
@@ -309,21 +308,29 @@ def answers(posts, seed, split, args):
     made, by row."""
     (train, validation, test), lines, choices, y = split, [], {}, posts.labels
     encoders = {}
-    if "finetune" in args.mode:
-        encoders = {TUNED: (PRETRAINED, posts.net.target_encoder), TUNED_UNTRAINED: (UNTRAINED, untrained(posts.net, seed))}
+    if "finetune" in args.mode:  # row: (X~, its features, these beside the frozen ones)
+        encoders = {TUNED: (posts.net.target_encoder, [PRETRAINED], [BOTH]),
+                    TUNED_UNTRAINED: (untrained(posts.net, seed), [UNTRAINED], [UNTRAINED, CONCAT])}
+
+    def pooled(names):
+        return np.hstack([posts.features[name if name in posts.features else (name, seed)] for name in names])
+
+    @functools.cache
+    def probe(*names):
+        return fit_head(pooled(names), y, train, validation)
+
     for row in (row for mode in args.mode for row in ROWS[mode]):
         if row == MAJORITY:
             head, choice = DummyClassifier(strategy="most_frequent").fit(np.zeros((len(train), 1)), y[train]), None
             probabilities = full(head, np.zeros((len(test), 1)))
         elif row in encoders:
-            start, encoder = encoders[row]
-            x = posts.features[start if start in posts.features else (start, seed)]
-            classifier, choice = finetune(encoder, x, posts, y, train, validation, args, seed)
+            encoder, *inputs = encoders[row]
+            probes = [probe(*names) for names in inputs]
+            classifier, choice = finetune(encoder, probes, posts, y, train, validation, args, seed)
             probabilities = predict(classifier, posts, test)
         else:
-            x = posts.features[row if row in posts.features else (row, seed)]
-            head, choice = fit_head(x, y, train, validation)
-            probabilities = full(head, x[test])
+            head, choice = probe(row)
+            probabilities = full(head, pooled([row])[test])
         choices[row] = choice
         for i, p in zip(test, probabilities):
             lines.append({"set": str(posts.sets[i]), "seed": seed, "row": row, "id": posts.posts[i].id,

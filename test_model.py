@@ -882,7 +882,9 @@ def test_nothing_that_is_chosen_or_trained_sees_a_test_label(posts):
     for y in (posts.labels, scrambled):
         head, choice = finetune_mvsa.fit_head(x, y, train, validation)
         heads.append((choice, head[-1].coef_.tolist()))
-        classifier, choice = finetune_mvsa.finetune(posts.net.target_encoder, x, posts, y, train, validation, posts.args, 0)
+        probes = [finetune_mvsa.fit_head(posts.features[name], y, train, validation)
+                  for name in (finetune_mvsa.PRETRAINED, finetune_mvsa.BOTH)]
+        classifier, choice = finetune_mvsa.finetune(posts.net.target_encoder, probes, posts, y, train, validation, posts.args, 0)
         tuned.append((choice, classifier.state_dict()))
     assert heads[0] == heads[1] and tuned[0][0] == tuned[1][0]
     assert all(torch.equal(a, b) for a, b in zip(tuned[0][1].values(), tuned[1][1].values()))
@@ -910,7 +912,8 @@ def test_fine_tuning_starts_as_the_probe_and_trains_target_encoder_and_head(post
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())  # the checkpoint's is not
     monkeypatch.setattr(finetune_mvsa, "train_epoch", lambda classifier, *rest: classifier.head.bias.data.add_(
         torch.tensor([1e3, 0, 0])))  # training that makes all worse: the probe itself is kept
-    kept, choice = finetune_mvsa.finetune(encoder, x, posts, y, train, validation, posts.args, 0)
+    probes = [finetune_mvsa.fit_head(features, y, train, validation) for features in (x, both)]
+    kept, choice = finetune_mvsa.finetune(encoder, probes, posts, y, train, validation, posts.args, 0)
     probe = beside if choice["beside the frozen features"] else start
     assert choice["epoch"] == 0 and torch.equal(kept.head.bias, probe.head.bias)
 
