@@ -138,6 +138,11 @@ def read_image(path, size=None):
         return image.convert("RGB")
 
 
+def describe(counts):
+    """{what: how many} in words."""
+    return ", ".join(f"{number} {what}" for what, number in counts.items()) or "none"
+
+
 @dataclass
 class LeftOut:
     """What was not used, by reason, with names: nothing is dropped silently."""
@@ -165,7 +170,7 @@ class LeftOut:
         return {reason: len(names) for reason, names in self.reasons.items()}
 
     def __str__(self):
-        return ", ".join(f"{count} {reason}" for reason, count in self.counts().items()) or "none"
+        return describe(self.counts())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -119,9 +119,10 @@ class Posts:
         self.labels = np.array([post.label for post in self.posts])
         self.sets = np.array([post.set for post in self.posts])
 
-    def batches(self, rows):
-        """Indices of the source -> (indices, features as X~ takes them), `batch_size` at a time."""
-        draws = [[(int(i), int(i), 0) for i in rows[start:start + self.args.batch_size]]
+    def batches(self):
+        """All of the source: (indices, features as X~ takes them), `batch_size` at a time."""
+        rows = range(len(self.source.items))
+        draws = [[(i, i, 0) for i in rows[start:start + self.args.batch_size]]
                  for start in range(0, len(rows), self.args.batch_size)]
         for part, batch in zip(draws, data.make_loader(self.source, draws, self.args.workers, self.net.device)):
             yield [i for i, _, _ in part], batch
@@ -140,8 +141,7 @@ class Posts:
         net, features, kept = self.net, {}, []
         encoders = {PRETRAINED: net.target_encoder, **{(UNTRAINED, seed): untrained(net, seed) for seed in self.args.seeds}}
         nothing = net.frozen(torch.zeros(1, *net.image_encoder.data_config["input_size"]), [""])
-        rows = range(len(self.source.items))
-        for indices, batch in tqdm(self.batches(rows), desc="features", total=-(-len(rows) // self.args.batch_size)):
+        for indices, batch in tqdm(self.batches(), desc="features", total=-(-len(self.source.items) // self.args.batch_size)):
             left_out.add_broken(batch, self.source.items)
             if not batch.size:
                 continue
@@ -563,8 +563,7 @@ def run(args):
     print(f"\n{text}\nfinetune_mvsa: wrote results{ending}.md, results{ending}.json, predictions{ending}.csv and "
           f"confusion{ending}.png in {out_dir}")
     for kind, found in results.items():
-        left_out = ", ".join(f"{count} {reason}" for reason, count in found["left_out"].items()) or "none"
-        print(f"{NAMES[kind]}: read {found['read']['posts']} posts; left out: {left_out}")
+        print(f"{NAMES[kind]}: read {data.describe(found['read'])}; left out: {data.describe(found['left_out'])}")
     return 0
 
 

@@ -196,6 +196,10 @@ class Ranks:
                 sys.stdout = open(os.devnull, "w")
         return device
 
+    def parts(self, accumulate):
+        """Into how many micro-batches each process splits its share of a batch: together no fewer than `accumulate`."""
+        return -(-accumulate // self.size)
+
     def gather(self, *numbers):
         """Whole numbers of this process -> those of all [size, numbers], in the order of the ranks."""
         every = [torch.tensor(numbers) for _ in range(self.size)]
@@ -240,7 +244,7 @@ def micro_batches(items, train, args, first, steps, ranks):
 
     The batch is split into `accumulate` parts, or as many more as the processes can share evenly.
     """
-    per_epoch, parts = len(train) // args.batch_size, -(-args.accumulate // ranks.size)  # parts: of each process
+    per_epoch, parts = len(train) // args.batch_size, ranks.parts(args.accumulate)
     for step in range(first, steps):
         epoch, number = divmod(step, per_epoch)
         if number == 0 or step == first:
@@ -306,7 +310,7 @@ class Trainer:
 
     def __init__(self, args, net, source, train, first, steps, left_out, ranks):
         self.args, self.net, self.steps, self.source, self.left_out = args, net, steps, source, left_out
-        self.ranks, self.parts = ranks, -(-args.accumulate // ranks.size)
+        self.ranks = ranks
         self.optimizer = build_optimizer(net, net.device)
         self.scaler = torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
         # Masks and captions differ in length from batch to batch: compiled once for all sizes.
@@ -327,7 +331,8 @@ class Trainer:
             group["lr"], group["weight_decay"] = lr, decay
         self.momentum = linear(step, steps, args.momentum, args.final_momentum)
         clock = time.perf_counter()
-        micro, images = next_batch(self.loader, self.source.items, self.left_out, self.parts)
+        micro, images = next_batch(self.loader, self.source.items, self.left_out,
+                                   self.ranks.parts(args.accumulate))
         every, stops = self.ranks.gather(images, stop).T  # [size], [size]
         self.waited += time.perf_counter() - clock
         before, whole = int(every[:self.ranks.rank].sum()), int(every.sum())
@@ -547,7 +552,7 @@ def evaluate(args, device):
     draw_masks(data.read_image(shown), net.grid, step_masks(net, 0, 0, 1), Path(args.eval).with_name("masks.png"))
     Path(args.eval).with_name("eval.json").write_text(json.dumps({**figures, **counts}, indent=1), encoding="utf-8")
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    print(f"eval: read {describe(counts['read'])}; left out: {dataset.left_out}")
+    print(f"eval: read {data.describe(counts['read'])}; left out: {dataset.left_out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -709,11 +714,6 @@ def finish(figure, path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def describe(counts):
-    """{what: how many} in words."""
-    return ", ".join(f"{number} {what}" for what, number in counts.items())
-
-
 def run(args):
     """The command of the parsed arguments -> exit code: 0, or 128 and the number of the signal that stopped the training."""
     ranks = Ranks()
@@ -723,7 +723,7 @@ def run(args):
         return 0
     dataset = data.CocoCaptions(args.coco, args.max_images)  # before any model: missing data must not cost a download
     train_index, held = dataset.hold_out(args.held_out)
-    parts = -(-args.accumulate // ranks.size) * ranks.size
+    parts = ranks.parts(args.accumulate) * ranks.size
     if not parts <= args.batch_size <= len(train_index):
         raise data.DataError(f"--batch_size {args.batch_size} must be at most the {len(train_index)} images to train on, and "
                              f"at least the {parts} parts that --accumulate and the processes split it into")
@@ -765,7 +765,7 @@ def run(args):
     stopped = train(trainer, pairs, out_dir, dataset, identity, checkpoint, per_epoch)
     if ranks.master and not stopped:
         draw_curves(out_dir / "log.jsonl", out_dir / "curves.png")
-    print(f"pretrain: wrote {out_dir / 'checkpoint.pt'} and {out_dir / 'log.jsonl'}; read {describe(dataset.read())}; left "
+    print(f"pretrain: wrote {out_dir / 'checkpoint.pt'} and {out_dir / 'log.jsonl'}; read {data.describe(dataset.read())}; left "
           f"out: {dataset.left_out}")
     if ranks.size > 1:
         dist.destroy_process_group()
