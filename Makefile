@@ -13,9 +13,10 @@ MVSA := data/mvsa
 # The paper's run where its data are, else the toy. Any PRESET on the command line wins.
 PRESET := $(if $(and $(wildcard $(COCO)),$(wildcard $(MVSA))),small,toy)
 OUT := out/$(PRESET)
-# Passed on to pretrain.py and finetune_mvsa.py: DEVICE=cpu, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, IMAGE_ENCODER=NAME,
-# EPOCHS=N, TARGET=ema|image, SPLIT=FOLDER, CACHE=DIR|off; GPUS=N pretrains with so many processes.
+# Passed on to pretrain.py and finetune_mvsa.py: DEVICE=cpu, DTYPE=float16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH,
+# IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image, SPLIT=FOLDER, CACHE=DIR|off; GPUS=N pretrains with so many processes.
 DEVICE := auto
+DTYPE := auto
 TRAIN := $(PY)$(if $(GPUS), -m torch.distributed.run --nproc_per_node=$(GPUS))
 PRETRAIN_ARGS := $(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(IMAGE_WEIGHTS),--image_weights $(IMAGE_WEIGHTS)) \
 	$(if $(TEXT_ENCODER),--text_encoder $(TEXT_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TARGET),--target $(TARGET))
@@ -41,9 +42,9 @@ ifeq ($(PRESET),toy)
 	@$(PY) data.py toy $(TOY)
 endif
 	@$(PY) data.py check --coco $(RUN_COCO) --mvsa $(RUN_MVSA)
-	@$(TRAIN) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --cache $(CACHE) --device $(DEVICE) --resume $(PRETRAIN_ARGS)
-	@$(call once,eval,eval.json,$(PY) pretrain.py --eval $(OUT)/checkpoint.pt --coco $(RUN_COCO) --device $(DEVICE))
-	@$(foreach protocol,$(PROTOCOLS),$(call once,$(protocol),results$(patsubst %,_%,$(filter-out standard,$(protocol))).json,$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --cache $(CACHE) --device $(DEVICE) $(call options_of,$(protocol)));)
+	@$(TRAIN) pretrain.py --preset $(PRESET) --coco $(RUN_COCO) --out $(OUT) --cache $(CACHE) --device $(DEVICE) --dtype $(DTYPE) --resume $(PRETRAIN_ARGS)
+	@$(call once,eval,eval.json,$(PY) pretrain.py --eval $(OUT)/checkpoint.pt --coco $(RUN_COCO) --device $(DEVICE) --dtype $(DTYPE))
+	@$(foreach protocol,$(PROTOCOLS),$(call once,$(protocol),results$(patsubst %,_%,$(filter-out standard,$(protocol))).json,$(PY) finetune_mvsa.py --checkpoint $(OUT)/checkpoint.pt --mvsa $(RUN_MVSA) --out $(OUT) --cache $(CACHE) --device $(DEVICE) --dtype $(DTYPE) $(call options_of,$(protocol)));)
 
 # Each variant's options; a run is out/ablate/<variant>-<seed>, and one that is there is not done again.
 plain := --target ema
@@ -63,9 +64,9 @@ variant_of = $(word 1,$(subst -, ,$*))
 seed_of = $(word 2,$(subst -, ,$*))
 out/ablate/%/results.json:
 	@mkdir -p $(@D)
-	@$(PY) pretrain.py --preset toy --coco $(TOY)/coco --out $(@D) --cache $(TOY)/cache --seed $(seed_of) --device $(DEVICE) --resume $($(variant_of)) > $(@D)/log.txt 2>&1
-	@$(PY) pretrain.py --eval $(@D)/checkpoint.pt --coco $(TOY)/coco --device $(DEVICE) 2>> $(@D)/log.txt
-	@$(PY) finetune_mvsa.py --checkpoint $(@D)/checkpoint.pt --mvsa $(TOY)/mvsa --out $(@D) --cache $(TOY)/cache --seeds $(seed_of) --mode probe --device $(DEVICE) >> $(@D)/log.txt 2>&1
+	@$(PY) pretrain.py --preset toy --coco $(TOY)/coco --out $(@D) --cache $(TOY)/cache --seed $(seed_of) --device $(DEVICE) --dtype $(DTYPE) --resume $($(variant_of)) > $(@D)/log.txt 2>&1
+	@$(PY) pretrain.py --eval $(@D)/checkpoint.pt --coco $(TOY)/coco --device $(DEVICE) --dtype $(DTYPE) 2>> $(@D)/log.txt
+	@$(PY) finetune_mvsa.py --checkpoint $(@D)/checkpoint.pt --mvsa $(TOY)/mvsa --out $(@D) --cache $(TOY)/cache --seeds $(seed_of) --mode probe --device $(DEVICE) --dtype $(DTYPE) >> $(@D)/log.txt 2>&1
 
 test: packages ## run the tests, on the CPU and without network
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -q test_model.py

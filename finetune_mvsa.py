@@ -89,6 +89,8 @@ def parse_args(argv=None):
     add("--ablate", default="", metavar="DIR", help="only make a table of the runs in DIR/<variant>-<seed>, by make ablate")
     add("--batch_size", type=int, default=100, help="posts encoded at a time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=model.PRECISIONS, default="auto", help="of matrix products; auto: bfloat16 or float16 on CUDA, "
+        "else float32")
     add("--workers", type=int, default=2, help="processes that decode images or read the cache")
     add("--cache", default="data/cache", metavar="DIR|off", help="where what the frozen encoders say is kept, or off")
     add("--cache_dtype", choices=list(data.ON_DISK), default="float16", help="of the cached features")
@@ -127,10 +129,9 @@ class Posts:
         for part, batch in zip(draws, data.make_loader(self.source, draws, self.args.workers, self.net.device)):
             yield [i for i, _, _ in part], batch
 
-    def float_features(self, rows):
-        """Indices of the source -> what X~ takes, in float32: fine-tuning runs without autocast."""
-        s_image, s_text, text_mask = self.source[[(row, row, 0) for row in rows]].features(self.net)
-        return s_image.float(), s_text.float(), text_mask
+    def inputs(self, rows):
+        """Indices of the source -> what X~ takes."""
+        return self.source[[(row, row, 0) for row in rows]].features(self.net)
 
     @torch.no_grad()
     def pool(self, left_out):
@@ -148,7 +149,7 @@ class Posts:
             kept += [i for i in indices if i not in batch.left_out]
             s_image, s_text, mask = batch.features(net)  # [B, N, D_I], [B, L, D_T], [B, L]
             no_image, no_text, no_mask = (part.expand(batch.size, *part.shape[1:]) for part in nothing)
-            with model.autocast(net.device):
+            with net.autocast():
                 pooled = {name: encoder(s_image, s_text, mask).mean(1) for name, encoder in encoders.items()}  # [B, D]
                 pooled[NO_IMAGE] = net.target_encoder(no_image, s_text, mask).mean(1)
                 pooled[NO_TEXT] = net.target_encoder(s_image, no_text, no_mask).mean(1)
@@ -210,9 +211,10 @@ class Classifier(torch.nn.Module):
     linear probing, then fine-tuning (Kumar et al. 2022), so that the first steps do not spoil the features for a head that
     knows nothing."""
 
-    def __init__(self, encoder, probe, beside):
+    def __init__(self, encoder, probe, beside, autocast):
         super().__init__()
         self.encoder = copy.deepcopy(encoder.encoder).requires_grad_(True)  # X~ as a trainable FusionEncoder
+        self.autocast = autocast  # TIJEPA.autocast, for X~; the head is small, and exact: it starts as the probe
         self.beside, (scaler, regression) = beside, probe
         tensors = [torch.from_numpy(v).float() for v in (scaler.mean_, scaler.scale_, regression.coef_, regression.intercept_)]
         mean, scale, weight, bias = (tensor.to(next(self.encoder.parameters()).device) for tensor in tensors)
@@ -222,7 +224,8 @@ class Classifier(torch.nn.Module):
 
     def forward(self, s_image, s_text, text_mask):
         """As FusionEncoder -> logits [B, 3]"""
-        pooled = self.encoder(s_image, s_text, text_mask).mean(1)  # [B, D]
+        with self.autocast():
+            pooled = self.encoder(s_image, s_text, text_mask).float().mean(1)  # [B, D]
         if self.beside:
             pooled = torch.cat([pooled, *pool_frozen(s_image, s_text, text_mask)], dim=1)  # [B, D + D_T + D_I]
         return self.head(pooled)
@@ -243,16 +246,17 @@ def finetune(encoder, probes, posts, y, train, validation, args, seed):
     balance = len(train) / (len(data.LABELS) * np.maximum(counts, 1))
     balance = balance if choice["class_weight"] else np.ones(len(data.LABELS))
     balance = torch.tensor(balance, dtype=torch.float32, device=posts.net.device)
-    classifier = Classifier(encoder, probe, beside)
+    classifier = Classifier(encoder, probe, beside, posts.net.autocast)
     start = copy.deepcopy(classifier.state_dict())
     first = validation_loss(y, predict(classifier, posts, validation), validation)
     best = first, start
     for lr in LEARNING_RATES:
         classifier.load_state_dict(start)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
+        scaler = torch.amp.GradScaler(posts.net.device.type, enabled=posts.net.dtype == torch.float16)
         rng, lowest = np.random.default_rng(seed), first
         for epoch in range(1, args.finetune_epochs + 1):
-            train_epoch(classifier, optimizer, posts, y, rng.permutation(train), balance)
+            train_epoch(classifier, optimizer, scaler, posts, y, rng.permutation(train), balance)
             probabilities = predict(classifier, posts, validation)
             loss = validation_loss(y, probabilities, validation)
             if loss < best[0]:
@@ -271,18 +275,20 @@ def validation_loss(y, probabilities, validation):
     return float(-np.log(np.maximum(probabilities[np.arange(len(validation)), y[validation]], 1e-7)).mean())
 
 
-def train_epoch(classifier, optimizer, posts, y, order, balance):
-    """One pass over the posts `order`, in float32: steps are small and few."""
+def train_epoch(classifier, optimizer, scaler, posts, y, order, balance):
+    """One pass over the posts `order`."""
     classifier.train()
     for start in range(0, len(order), FINETUNE_BATCH):
         part = order[start:start + FINETUNE_BATCH]
         rows = [posts.rows[i] for i in part]
         labels = torch.from_numpy(y[part]).to(balance.device)
-        loss = F.cross_entropy(classifier(*posts.float_features(rows)), labels, weight=balance)
+        loss = F.cross_entropy(classifier(*posts.inputs(rows)), labels, weight=balance)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
 
 
 @torch.no_grad()
@@ -291,7 +297,7 @@ def predict(classifier, posts, part):
     classifier.eval()
     rows, probabilities = [posts.rows[i] for i in part], []
     for start in range(0, len(rows), posts.args.batch_size):
-        features = posts.float_features(rows[start:start + posts.args.batch_size])
+        features = posts.inputs(rows[start:start + posts.args.batch_size])
         probabilities.append(classifier(*features).softmax(-1).cpu().numpy())
     return np.concatenate(probabilities)
 
@@ -541,7 +547,9 @@ def run(args):
     folders = data.find_mvsa(args.mvsa)  # before any model is loaded
     device, out_dir = model.choose_device(args.device), data.make_folder(args.out, "--out")
     net = model.TIJEPA.from_checkpoint(args.checkpoint)[0].to(device)
-    print(f"finetune_mvsa: {args.checkpoint}, {', '.join(str(f) for f in folders.values())}, device {device}")
+    net.precision = args.dtype
+    print(f"finetune_mvsa: {args.checkpoint}, {', '.join(str(f) for f in folders.values())}, device {device}, "
+          f"{net.dtype}")
     results, lines = judge(net, folders, args)
     ending = "" if args.protocol == "standard" else f"_{args.protocol}"
     text = table(results, net.config, args)

@@ -35,7 +35,10 @@ import copy
 import hashlib
 import math
 import pickle
+import shutil
+import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -475,19 +478,19 @@ def vicreg_term(context):
 
 
 def sample_std(tokens):
-    """tokens [B, ..., D] -> std over the B samples at each place and dimension, then the mean of those.
+    """tokens [B, ..., D] -> []: std over the B samples at each place and dimension, then the mean of those.
 
     A target that tells only the position, not the picture, has 0 here: collapse.
     """
-    return tokens.float().std(dim=0, correction=0).mean().item()
+    return tokens.float().std(dim=0, correction=0).mean()
 
 
 def effective_rank(features):
-    """features [B, D] -> exp of the entropy of the normalised singular values of the centred features (Roy and Vetterli
-    2007): between 1 (all on a line: dimensional collapse) and min(B - 1, D)."""
-    values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())
+    """features [B, D] -> []: exp of the entropy of the normalised singular values of the centred features (Roy and
+    Vetterli 2007): between 1 (all on a line: dimensional collapse) and min(B - 1, D)."""
+    values = torch.linalg.svdvals((features - features.mean(0)).float().cpu()).to(features.device)  # MPS has no SVD
     share = values / values.sum().clamp_min(1e-12)
-    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum()).item()
+    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
 
 
 class TIJEPA(nn.Module):
@@ -500,6 +503,7 @@ class TIJEPA(nn.Module):
         if config.target not in ("ema", "image"):
             raise ModelError(f'target must be "ema" or "image", not "{config.target}"')
         self.config = config
+        self.precision = "auto"  # the option --dtype, see amp_dtype
         self.image_encoder = ImageEncoder(config.image_encoder, config.image_weights)
         self.text_encoder = TextEncoder(config.text_encoder, config.vocabulary)
         self.grid = self.image_encoder.grid
@@ -516,8 +520,13 @@ class TIJEPA(nn.Module):
 
     @property
     def dtype(self):
-        """What the device computes in (see amp_dtype): that of the features X is given."""
-        return amp_dtype(self.device)
+        """What matrix products are computed in (see amp_dtype), and the dtype of the features that X is given."""
+        return amp_dtype(self.device, self.precision)
+
+    def autocast(self):
+        """The context of every forward pass. The methods below enter it themselves, so that no caller can forget it."""
+        # Without a context in float32: not every device (meta) has an autocast.
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, dtype=self.dtype)
 
     def frozen(self, images, texts):
         """images [B, 3, H, W], B strings -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L].
@@ -534,20 +543,21 @@ class TIJEPA(nn.Module):
         if tuple(images.shape[1:]) != size:
             raise ModelError(f"images of {list(images.shape[1:])}, where {self.config.image_encoder} takes {list(size)}: "
                              "prepare them with data.image_transform(model.image_encoder.data_config)")
-        with autocast(self.device):
+        with self.autocast():
             return torch.cat([self.image_encoder(part.to(self.device, non_blocking=True)) for part in images.split(64)])
 
     @torch.no_grad()
     def frozen_text(self, texts):
         """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]."""
-        with autocast(self.device):
+        with self.autocast():
             return self.text_encoder(texts)
 
     def forward(self, s_image, s_text, text_mask, masks):
         """The trained half: what `frozen` gave, and masks (see sample_masks) -> Output. Gradients reach X and g only."""
-        context = self.context_encoder(gather(s_image, masks.context), s_text, text_mask)  # X: [B, C, D]
-        target = self.target(s_image, s_text, text_mask, masks)  # X~: [B, M, P, D]
-        prediction = self.predictor(context, masks)  # g: [B, M, P, D]
+        with self.autocast():
+            context = self.context_encoder(gather(s_image, masks.context), s_text, text_mask)  # X: [B, C, D]
+            target = self.target(s_image, s_text, text_mask, masks)  # X~: [B, M, P, D]
+            prediction = self.predictor(context, masks)  # g: [B, M, P, D]
         energy = self.energy(prediction, target)  # [B]
         loss = energy.mean()
         if self.config.vicreg:
@@ -578,11 +588,12 @@ class TIJEPA(nn.Module):
         return error(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
     def encode(self, images, texts):
-        """images [B, 3, H, W], B strings -> X~'s fused tokens [B, N, D] and their mean [B, D].
+        """images [B, 3, H, W], B strings -> X~'s fused tokens [B, N, D] and their mean [B, D], in float32.
 
         For use in a model of your own. Preprocess with `data.image_transform(model.image_encoder.data_config)`.
         """
-        tokens = self.target_encoder(*self.frozen(images, texts))
+        with self.autocast():
+            tokens = self.target_encoder(*self.frozen(images, texts)).float()
         return tokens, tokens.mean(1)
 
     @torch.no_grad()
@@ -640,26 +651,47 @@ def load_checkpoint_file(path):
 
 def choose_device(name="auto"):
     """"auto" -> cuda, mps or cpu, the first there is; any other name is taken as torch takes it. Raises ModelError if this
-    machine has no such device."""
+    machine has no such device, and on "auto" if it has a GPU that torch cannot use. A CUDA device becomes the current one,
+    and multiplies in TF32 what stays in float32."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cpu":
+            refuse_unused_gpu()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ModelError(f"--device {name} cannot be had here ({str(error).splitlines()[0]}); --device auto takes what "
                          "there is") from error
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
 
 
-def amp_dtype(device):
-    """bfloat16 where CUDA has it, float16 where it does not (needs a GradScaler), float32 elsewhere."""
+def refuse_unused_gpu():
+    """Raise ModelError if the driver lists a GPU: a run that is meant for it would take weeks on the CPU."""
+    def ask(*options):
+        return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("nvidia-smi") and "GPU " in ask("-L"):
+        driver = ask("--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        mend = "a newer driver, or a torch for an older CUDA" if torch.version.cuda else "a torch with CUDA"
+        raise ModelError(f"nvidia-smi lists a GPU (driver {driver[0] if driver else 'unknown'}), but torch {torch.__version__}, "
+                         f"built {built}, cannot use it: install {mend} (https://pytorch.org/get-started/locally), or go on "
+                         "without the GPU by --device cpu")
+
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+
+def amp_dtype(device, precision="auto"):
+    """One of PRECISIONS -> the dtype of autocast. "auto": bfloat16 where CUDA has it, float16 where it does not (needs a
+    GradScaler), float32 elsewhere."""
+    if precision != "auto":
+        return getattr(torch, precision)
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def autocast(device):
-    """The autocast context of `device`; does nothing in float32."""
-    dtype = amp_dtype(device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -12,7 +12,8 @@ of numbers per --log_every steps. Of the training:
     step, epoch      optimiser steps and passes over the images done
     loss             mean of the loss since the last line. Not evidence of learning: it also falls in a collapse
     lr, wd, momentum the three schedules at this step
-    grad_norm        norm of all gradients before clipping, of this step
+    grad_norm        norm of all gradients before clipping, of this step (null: not finite)
+    skipped_steps    steps so far that the loss scale of float16 was too large for: they change no weight, and lower it
     images_per_s     images trained on per second since the last line
     data_wait        share of that time spent waiting for data
     read, left_out   images and captions in use, and how many were left out so far, by reason
@@ -115,6 +116,8 @@ def parse_args(argv=None):
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--seed", type=int, default=0, help="of the weights, the order, the captions and the masks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=model.PRECISIONS, default="auto", help="of matrix products; auto: bfloat16 or float16 on CUDA, "
+        "else float32")
     add("--workers", type=count(0), default=None, help="processes that decode images or read the cache")
     add("--cache", default="data/cache", metavar="DIR|off", help="where what the frozen encoders say is kept; off: encode "
         "every image again each time it is drawn")
@@ -190,7 +193,6 @@ class Ranks:
         if self.size > 1:
             if device.type == "cuda":
                 device = model.choose_device(f"cuda:{os.environ['LOCAL_RANK']}")  # more processes than GPUs: said in words
-                torch.cuda.set_device(device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             if not self.master:
                 sys.stdout = open(os.devnull, "w")
@@ -280,8 +282,7 @@ def train_step(net, trained_half, optimizer, scaler, micro, masks, clip, share=1
         part_masks = masks.part(start, start + part.size)
         if isinstance(trained_half, DistributedDataParallel):
             trained_half.require_backward_grad_sync = part is micro[-1]  # once a step (nanoGPT's way)
-        with model.autocast(net.device):
-            out = trained_half(*features, part_masks)
+        out = trained_half(*features, part_masks)
         weighted = out.loss * part.size / images
         scaler.scale(weighted * share).backward()
         loss, start = loss + weighted.detach(), start + part.size
@@ -313,6 +314,7 @@ class Trainer:
         self.ranks = ranks
         self.optimizer = build_optimizer(net, net.device)
         self.scaler = torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=net.device)  # steps that the scaler skipped
         # Masks and captions differ in length from batch to batch: compiled once for all sizes.
         self.trained_half = torch.compile(net, dynamic=True) if args.compile else net
         if ranks.size > 1:
@@ -345,6 +347,8 @@ class Trainer:
         share = len(masks.context) * self.ranks.size / images
         loss, norm = train_step(self.net, self.trained_half, self.optimizer, self.scaler, micro, masks, self.args.clip,
                                 share)
+        if self.scaler.is_enabled():  # it skips just the steps with such a norm; to ask it would wait for the device
+            self.skipped += ~norm.isfinite()
         self.net.update_target(self.momentum)
         return loss * share / self.ranks.size, norm
 
@@ -360,7 +364,7 @@ class Trainer:
         with data.whole_file(path) as file:
             torch.save({"config": asdict(self.net.config), "args": vars(self.args), **identity, "step": step,
                         "model": self.net.trained_state(), "optimizer": self.optimizer.state_dict(),
-                        "scaler": self.scaler.state_dict(), "losses": losses, "images": images, "log_bytes": log.tell(),
+                        "scaler": self.scaler.state_dict(), "skipped_steps": self.skipped.item(), "losses": losses, "images": images, "log_bytes": log.tell(),
                         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if cuda else []},
                         "left_out": {reason: sorted(names) for reason, names in self.left_out.reasons.items()}}, file)
 
@@ -368,7 +372,9 @@ class Trainer:
         """Go on from what `save` wrote -> (losses, images) of the log line under way."""
         self.net.load_trained_state(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty: the run began on a device whose dtype needs none
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.skipped.fill_(checkpoint["skipped_steps"])
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if checkpoint["random"]["cuda"] and self.net.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"][0])
@@ -381,7 +387,7 @@ class Trainer:
 def step_masks(net, seed, step, images):
     """The masks of one step, on the device: drawn from the seed and the step, so that they need no state of their own."""
     masks = model.sample_masks(net.grid, images, torch.Generator().manual_seed(seed * 2 ** 32 + step))
-    return masks.pin_memory().to(net.device) if net.device.type == "cuda" else masks
+    return (masks.pin_memory() if net.device.type == "cuda" else masks).to(net.device)
 
 
 def train(trainer, pairs, out_dir, dataset, identity, checkpoint, per_epoch):
@@ -409,17 +415,23 @@ def train(trainer, pairs, out_dir, dataset, identity, checkpoint, per_epoch):
             ranks.merge(trainer.left_out)
             if ranks.master:
                 line = dict(step=done, epoch=done / per_epoch, loss=loss, **schedules, grad_norm=norm.item(),
-                            images_per_s=(images - images_before) / seconds, data_wait=trainer.waited / seconds,
+                            skipped_steps=trainer.skipped.item(), images_per_s=(images - images_before) / seconds, data_wait=trainer.waited / seconds,
                             **monitor(net, pairs))
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
                 line.update(read=dataset.read(), left_out=dataset.left_out.counts())
-                log.write((json.dumps(line) + "\n").encode())
+                log.write(log_line(line))
                 log.flush()
             losses, images, images_before, trainer.waited, clock = [], 0, 0, 0.0, time.time()
             if done // per_epoch > saved_epoch:  # only here, where the losses are known to be finite
                 saved_epoch = done // per_epoch
                 trainer.save(out_dir / "checkpoint.pt", done, identity, losses, images, log)
     return 0
+
+
+def log_line(line):
+    """What is logged of a step -> the bytes of a line of JSON, which has no infinity and no NaN: null stands for both."""
+    line = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
+    return (json.dumps(line, allow_nan=False) + "\n").encode()
 
 
 def open_log(path, size, master):
@@ -474,8 +486,7 @@ class Pairs:
     def compare(self, net, captions, masks):
         """Each image with the caption of that index: captions [I], masks of one image -> Output."""
         same = model.Masks(*(index.expand(len(self.s_image), *index.shape[1:]) for index in masks)).to(net.device)
-        with model.autocast(net.device):
-            return net(self.s_image, self.s_text[captions], self.text_mask[captions], same)
+        return net(self.s_image, self.s_text[captions], self.text_mask[captions], same)
 
 
 def held_out_pairs(net, source, held, left_out):
@@ -488,16 +499,21 @@ def held_out_pairs(net, source, held, left_out):
 
 
 def monitor(net, pairs):
-    """The held-out part of a log line; see the top of this file. Masks are the same for all images, and each time: only
-    then does a std over images compare like with like."""
+    """The held-out part of a log line, as numbers."""
+    figures = held_out_figures(net, pairs)
+    return dict(zip(figures, torch.stack(list(figures.values())).tolist()))
+
+
+def held_out_figures(net, pairs):
+    """The held-out part of a log line, as tensors [] on the device; see the top of this file. Masks are the same for all
+    images, and each time: only then does a std over images compare like with like."""
     masks = model.sample_masks(net.grid, 1, torch.Generator().manual_seed(0))
-    own = torch.arange(len(pairs.s_image))
+    own = torch.arange(len(pairs.s_image), device=net.device)
     was_training = net.training
     net.eval()
     right, wrong = pairs.compare(net, own, masks), pairs.compare(net, own.roll(1), masks).energy
     net.train(was_training)
-    return dict(energy=right.energy.mean().item(), energy_wrong=wrong.mean().item(),
-                lower=(right.energy < wrong).float().mean().item(), target_std=model.sample_std(right.target),
+    return dict(energy=right.energy.mean(), energy_wrong=wrong.mean(), lower=(right.energy < wrong).float().mean(), target_std=model.sample_std(right.target),
                 prediction_std=model.sample_std(right.prediction),
                 target_rank=model.effective_rank(right.target.mean((1, 2))))
 
@@ -508,7 +524,7 @@ def energy_matrix(net, pairs, draws):
     masks = [model.sample_masks(net.grid, 1, torch.Generator().manual_seed(draw)) for draw in range(draws)]
     columns = []
     for caption in tqdm(range(captions), desc="energies"):
-        index = torch.full((images,), caption)
+        index = torch.full((images,), caption, device=net.device)
         columns.append(torch.stack([pairs.compare(net, index, mask).energy for mask in masks]).mean(0))
     return torch.stack(columns, dim=1).float().cpu()
 
@@ -532,6 +548,7 @@ def evaluate(args, device):
         raise data.DataError("--image and --captions go together")
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval)
     net, trained = net.to(device), checkpoint["args"]
+    net.precision = args.dtype
     if args.image:
         batch = data.Pictures([(Path(args.image), args.captions)], net.image_encoder.data_config)[[(0, 0, 0)]]
         if not batch.size:
@@ -669,7 +686,8 @@ def draw_curves(log, path):
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
     for axis, names in zip(axes, panels):
         for name in names:
-            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name, marker=".")
+            values = np.array([line[name] for line in lines], float)  # a null becomes a NaN, which is not drawn
+            axis.plot([line["step"] for line in lines], values, label=name, marker=".")
         axis.set(xlabel="step")
         axis.legend()
     axes[1].axhline(0.5, color="grey", linewidth=0.8)  # chance
@@ -693,12 +711,13 @@ def draw_masks(image, grid, masks, path):
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
     pixels = np.asarray(image.resize((16 * grid[1], 16 * grid[0]))) / 255
     hidden = np.zeros((2, grid[0] * grid[1]), bool)  # what each of the two masked pictures shows
-    hidden[0, masks.context[0]], hidden[1, masks.target[0].flatten()] = True, True
+    context, targets = (index[0].cpu().numpy() for index in masks)  # [C], [M, P]
+    hidden[0, context], hidden[1, targets.flatten()] = True, True
     for axis, title, shown in zip(axes, ("image", "context", "target blocks"), (None, *hidden)):
         shade = 1 if shown is None else 0.15 + 0.85 * shown.reshape(grid).repeat(16, 0).repeat(16, 1)[:, :, None]
         axis.imshow(pixels * shade)
         axis.set(title=title, xticks=[], yticks=[])
-    for block in masks.target[0].numpy():
+    for block in targets:
         (top, left), (bottom, right) = (divmod(int(patch), grid[1]) for patch in (block[0], block[-1]))
         axes[2].add_patch(plt.Rectangle((16 * left, 16 * top), 16 * (right + 1 - left), 16 * (bottom + 1 - top),
                                         fill=False, edgecolor="red"))
@@ -741,10 +760,11 @@ def run(args):
         print(f"pretrain: {out_dir / 'checkpoint.pt'} has all its {steps} steps, nothing is left to do")
         return 0
     print(f"pretrain: preset {args.preset}, {len(train_index)} images of {args.coco} to train on, {len(held)} held out (left "
-          f"out: {dataset.left_out}), device {device}, {model.amp_dtype(device)}, {ranks.size} process{'es' * (ranks.size > 1)}"
+          f"out: {dataset.left_out}), device {device}, {model.amp_dtype(device, args.dtype)}, {ranks.size} process{'es' * (ranks.size > 1)}"
           + (f", going on after step {checkpoint['step']}" if checkpoint else ""))
     torch.manual_seed(args.seed)
     net = model.TIJEPA(config).to(device)
+    net.precision = args.dtype
     identity["encoder_weights"] = net.fingerprint()
     if checkpoint and checkpoint["encoder_weights"] != identity["encoder_weights"]:
         raise data.DataError(f"--resume: {out_dir / 'checkpoint.pt'} was trained on other weights of f_I or f_T; give the "
