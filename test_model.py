@@ -1,5 +1,6 @@
 """The tests, by values: `make test`. CPU only, no network; every file they need they write themselves."""
 import csv
+import functools
 import importlib
 import io
 import json
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertModel, GteConfig, GteModel, PreTrainedTokenizerFast, T5Config, T5Model
 
 import data
@@ -720,6 +723,121 @@ def test_energies_do_not_depend_on_which_caption_is_the_right_one(net, images):
     assert figures == again and net.training  # same masks each time
 
 
+# -- devices and precision ----------------------------------------------------------------------------------------------
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails for an operation on tensors of two devices: on meta most would be let through, unlike on a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        moves = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        assert moves or len({tensor.device for tensor in tensors}) <= 1, f"{func}: {[tensor.device for tensor in tensors]}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_masks_go_where_the_model_is(net):
+    """On an MPS they stayed on the CPU."""
+    assert {index.device.type for index in pretrain.step_masks(net.to("meta"), 0, 0, 3)} == {"meta"}
+
+
+@pytest.mark.parametrize("change", [dict(), dict(target="image"), dict(self_attention=True, vicreg=1.0)])
+def test_all_stays_on_the_device_of_the_model(images, monkeypatch, change):
+    """On torch's meta device, where a tensor has no values: asking for one is an error, as is a tensor left on the CPU."""
+    net = model.TIJEPA(replace(CONFIG, **change)).to("meta")
+    text = torch.ones(3, 5, dtype=torch.bool)
+    batch = data.FeatureBatch(torch.randn(3, 36, 96), torch.randn(3, 5, 96), text, [])
+    optimizer, scaler = pretrain.build_optimizer(net, net.device), torch.amp.GradScaler("meta", enabled=False)
+    with OneDevice():
+        for step in range(2):  # the second finds the optimizer's state
+            masks = pretrain.step_masks(net, 0, step, 3)
+            given = list(pretrain.train_step(net, net, optimizer, scaler, [batch], masks, 1.0))
+            net.update_target(0.9)
+        given += net(*batch.features(net), masks)
+        given += [value for state in optimizer.state.values() for value in (state["exp_avg"], state["exp_avg_sq"])]
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)  # the rank's way over the CPU, for MPS
+        given += pretrain.held_out_figures(net, pretrain.Pairs(net, batch)).values()
+        monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)  # transformers asks if nothing is padded
+        given += net.encode(images, TEXTS)
+    assert len(given) > 100 and {value.device.type for value in [*given, *net.state_dict().values()]} == {"meta"}
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor as of a GPU to numpy: it cannot be converted before .cpu()."""
+
+    def numpy(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def __array__(self, *rest, **options):
+        return self.numpy()
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_pictures_are_drawn_of_tensors_on_any_device(net, tmp_path):
+    masks = [Masks(*(index.as_subclass(kind) for index in pretrain.step_masks(net, 0, 0, 1)))
+             for kind in (Elsewhere, torch.Tensor)]
+    for name, each in zip(("gpu", "cpu"), masks):
+        pretrain.draw_masks(Image.new("RGB", (48, 48), "red"), net.grid, each, tmp_path / f"{name}.png")
+    assert (tmp_path / "gpu.png").read_bytes() == (tmp_path / "cpu.png").read_bytes()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 2e-2), ("float16", 2e-3)])
+def test_no_caller_can_forget_the_autocast(net, images, dtype, tolerance):
+    """--bench did: features of the device's dtype met weights of float32."""
+    masks = sample_masks(net.grid, 3, seeded(0))
+    exact, (tokens, pooled) = net(*net.frozen(images, TEXTS), masks), net.encode(images, TEXTS)
+    net.precision, half = dtype, getattr(torch, dtype)
+    s_image, s_text, text_mask = data.FeatureBatch(*net.frozen(images, TEXTS), []).features(net)
+    rounded = net(s_image.to(half), s_text.to(half), text_mask, masks)
+    rounded.loss.backward()
+    assert s_image.dtype == s_text.dtype == half and rounded.prediction.dtype == half
+    assert all(p.grad is None or p.grad.dtype == p.dtype == torch.float32 for p in net.parameters())
+    assert torch.allclose(rounded.energy, exact.energy, rtol=tolerance) and not torch.equal(rounded.energy, exact.energy)
+    coarse = net.encode(images, TEXTS)
+    assert {part.dtype for part in coarse} == {torch.float32}
+    assert torch.allclose(coarse[0], tokens, atol=10 * tolerance) and torch.allclose(coarse[1], pooled, atol=10 * tolerance)
+
+
+def test_dtype_of_a_device(net, monkeypatch):
+    cpu, mps, cuda = map(torch.device, ("cpu", "mps", "cuda"))
+    assert model.amp_dtype(cpu) == model.amp_dtype(mps) == net.dtype == torch.float32
+    assert [model.amp_dtype(cpu, name) for name in model.PRECISIONS[1:]] == [torch.float32, torch.bfloat16, torch.float16]
+    for has_it, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it)
+        assert model.amp_dtype(cuda) == dtype and model.amp_dtype(cuda, "float32") == torch.float32
+
+
+def test_the_named_gpu_is_used_for_everything(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    assert model.choose_device("cpu").type == "cpu" and asked == []
+    assert model.choose_device("cuda:1") == torch.device("cuda:1") and asked == ["high", torch.device("cuda:1")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="of a machine without")
+def test_a_gpu_that_torch_cannot_use_stops_the_run(tmp_path, monkeypatch):
+    assert model.choose_device("auto").type == "cpu"
+    (tmp_path / "nvidia-smi").write_text("""#!/bin/bash
+        case "$*" in
+            -L) echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)";;
+            "--query-gpu=driver_version --format=csv,noheader") echo 525.60.13;;
+            *) exit 1;;
+        esac""")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for built, words in (("13.0", "for CUDA 13.0.*install a newer driver"), (None, "without CUDA.*install a torch with CUDA")):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        with pytest.raises(model.ModelError, match=f"driver 525.60.13.*{words}.*--device cpu"):
+            model.choose_device("auto")
+    assert model.choose_device("cpu").type == "cpu"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/bash\necho 'No devices were found'; exit 6")
+    assert model.choose_device("auto").type == "cpu"
+
+
 # -- the feature cache --------------------------------------------------------------------------------------------------
 
 
@@ -898,15 +1016,17 @@ def test_fine_tuning_starts_as_the_probe_and_trains_target_encoder_and_head(post
     x, y, encoder = posts.features[finetune_mvsa.PRETRAINED], posts.labels, posts.net.target_encoder
     head, _ = finetune_mvsa.fit_head(x, y, train, validation)
     both = posts.features[finetune_mvsa.BOTH]
-    beside = finetune_mvsa.Classifier(encoder, finetune_mvsa.fit_head(both, y, train, validation)[0], True)
+    beside = finetune_mvsa.Classifier(encoder, finetune_mvsa.fit_head(both, y, train, validation)[0], True,
+                                      posts.net.autocast)
     expected = finetune_mvsa.fit_head(both, y, train, validation)[0].predict_proba(both[train])
     assert np.allclose(finetune_mvsa.predict(beside, posts, train), expected, atol=1e-3)
-    start = finetune_mvsa.Classifier(encoder, head, False)
+    start = finetune_mvsa.Classifier(encoder, head, False, posts.net.autocast)
     assert np.allclose(finetune_mvsa.predict(start, posts, train), head.predict_proba(x[train]), atol=1e-3)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    moved = finetune_mvsa.Classifier(encoder, head, False)
+    moved = finetune_mvsa.Classifier(encoder, head, False, posts.net.autocast)
     optimizer = torch.optim.AdamW(moved.parameters(), lr=1e-3)
-    finetune_mvsa.train_epoch(moved, optimizer, posts, y, train, torch.ones(3))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    finetune_mvsa.train_epoch(moved, optimizer, scaler, posts, y, train, torch.ones(3))
     changed = {name for (name, a), b in zip(moved.state_dict().items(), start.state_dict().values()) if not torch.equal(a, b)}
     assert {"head.weight", "encoder.blocks.0.cross.q.weight", "encoder.text_proj.0.weight"} <= changed
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())  # the checkpoint's is not
@@ -1055,8 +1175,8 @@ def test_pretrain_end_to_end(pretrained):
     assert "1 image not on disk, 1 broken image" in done.stdout and done.stderr.count("000000000040.jpg") == 1
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4] and lines[-1]["momentum"] == 1.0
-    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "wd", "momentum", "grad_norm", "images_per_s", "data_wait", "energy",
-                             "energy_wrong", "lower", "target_std", "prediction_std", "target_rank", "read", "left_out"}
+    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "wd", "momentum", "grad_norm", "skipped_steps", "images_per_s",
+                             "data_wait", "energy", "energy_wrong", "lower", "target_std", "prediction_std", "target_rank", "read", "left_out"}
     assert lines[-1]["read"] == {"images": 40, "captions": 200}
     assert lines[-1]["left_out"] == {"image not on disk": 1, "broken image": 1}
     assert "read 40 images, 200 captions; left out: 1 image not on disk, 1 broken image" in done.stdout
@@ -1262,6 +1382,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(toy, tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def strict_json(text):
+    """json.loads without the Infinity and NaN that Python adds to JSON."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def test_steps_that_the_loss_scale_skips_are_counted(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 24))
+    assert pretrain.main(["--coco", str(toy / "coco"), "--out", str(tmp_path), "--cache", "off", "--epochs", "4", "--batch_size",
+                          "8", "--preset", "toy", "--held_out", "8", "--log_every", "1", "--device", "cpu", "--dtype", "float16"]) == 0
+    lines = [strict_json(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    skipped = [line["skipped_steps"] for line in lines]
+    finite = [line["grad_norm"] is not None for line in lines]
+    assert not finite[0] and finite[-1] and skipped == list(np.cumsum(~np.array(finite)))
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)  # a skipped step, and no other, halves the scale
+    assert checkpoint["scaler"]["scale"] == 2.0 ** (24 - skipped[-1]) and checkpoint["skipped_steps"] == skipped[-1]
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_a_log_line_is_json_and_its_curve_is_drawn(tmp_path):
+    figures = dict.fromkeys(("loss", "energy", "energy_wrong", "lower", "target_std", "prediction_std", "target_rank"), 1.0)
+    lines = [pretrain.log_line({**figures, "step": step, "energy": energy, "read": {"images": 3}})
+             for step, energy in ((1, math.nan), (2, 1.0), (3, -math.inf))]
+    (tmp_path / "log.jsonl").write_bytes(b"".join(lines))
+    assert [strict_json(line)["energy"] for line in lines] == [None, 1.0, None] and lines[0].endswith(b"}\n")
+    pretrain.draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
+
+
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune_mvsa.py"])
 def test_help_tells_each_option_and_its_default(script):
     text = " ".join(run(script, "--help").stdout.split())
@@ -1324,7 +1472,8 @@ def logged(out):
     return (out / "log.jsonl").read_bytes().count(b"\n") if (out / "log.jsonl").exists() else 0
 
 
-@pytest.mark.parametrize("extra", [[], ["--cache", "off", "--workers", 1, "--accumulate", 2]])
+@pytest.mark.parametrize("extra", [[], ["--cache", "off", "--workers", 1, "--accumulate", 2],
+                                   ["--dtype", "float16"], ["--dtype", "bfloat16"]])
 def test_ctrl_c_and_sigterm_save_and_resume_goes_on_exactly(toy, whole, tmp_path, extra):
     options, expected = whole
     if extra:  # decoded by a worker, and other arithmetic: it has a run without a break of its own
