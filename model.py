@@ -679,8 +679,8 @@ def refuse_unused_gpu():
         driver = ask("--query-gpu=driver_version", "--format=csv,noheader").splitlines()
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         mend = "a newer driver, or a torch for an older CUDA" if torch.version.cuda else "a torch with CUDA"
-        raise ModelError(f"nvidia-smi lists a GPU (driver {driver[0] if driver else 'unknown'}), but torch {torch.__version__}, "
-                         f"built {built}, cannot use it: install {mend} (https://pytorch.org/get-started/locally), or go on "
+        raise ModelError(f"nvidia-smi lists a GPU (driver {driver[0] if driver else 'unknown'}), but torch "
+                         f"{torch.__version__}, built {built}, cannot use it: install {mend} (https://pytorch.org/get-started/locally), or go on "
                          "without the GPU by --device cpu")
 
 
@@ -694,4 +694,9 @@ def amp_dtype(device, precision="auto"):
         return getattr(torch, precision)
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if cuda_has_bfloat16() else torch.float16
+
+
+@torch.compiler.assume_constant_result  # asked within the forward pass, where torch.compile would break its graph
+def cuda_has_bfloat16():
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -364,7 +364,8 @@ class Trainer:
         with data.whole_file(path) as file:
             torch.save({"config": asdict(self.net.config), "args": vars(self.args), **identity, "step": step,
                         "model": self.net.trained_state(), "optimizer": self.optimizer.state_dict(),
-                        "scaler": self.scaler.state_dict(), "skipped_steps": self.skipped.item(), "losses": losses, "images": images, "log_bytes": log.tell(),
+                        "scaler": self.scaler.state_dict(), "skipped_steps": self.skipped.item(),
+                        "losses": losses, "images": images, "log_bytes": log.tell(),
                         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if cuda else []},
                         "left_out": {reason: sorted(names) for reason, names in self.left_out.reasons.items()}}, file)
 
@@ -415,8 +416,8 @@ def train(trainer, pairs, out_dir, dataset, identity, checkpoint, per_epoch):
             ranks.merge(trainer.left_out)
             if ranks.master:
                 line = dict(step=done, epoch=done / per_epoch, loss=loss, **schedules, grad_norm=norm.item(),
-                            skipped_steps=trainer.skipped.item(), images_per_s=(images - images_before) / seconds, data_wait=trainer.waited / seconds,
-                            **monitor(net, pairs))
+                            skipped_steps=trainer.skipped.item(), images_per_s=(images - images_before) / seconds,
+                            data_wait=trainer.waited / seconds, **monitor(net, pairs))
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
                 line.update(read=dataset.read(), left_out=dataset.left_out.counts())
                 log.write(log_line(line))
@@ -513,8 +514,8 @@ def held_out_figures(net, pairs):
     net.eval()
     right, wrong = pairs.compare(net, own, masks), pairs.compare(net, own.roll(1), masks).energy
     net.train(was_training)
-    return dict(energy=right.energy.mean(), energy_wrong=wrong.mean(), lower=(right.energy < wrong).float().mean(), target_std=model.sample_std(right.target),
-                prediction_std=model.sample_std(right.prediction),
+    return dict(energy=right.energy.mean(), energy_wrong=wrong.mean(), lower=(right.energy < wrong).float().mean(),
+                target_std=model.sample_std(right.target), prediction_std=model.sample_std(right.prediction),
                 target_rank=model.effective_rank(right.target.mean((1, 2))))
 
 
@@ -760,7 +761,8 @@ def run(args):
         print(f"pretrain: {out_dir / 'checkpoint.pt'} has all its {steps} steps, nothing is left to do")
         return 0
     print(f"pretrain: preset {args.preset}, {len(train_index)} images of {args.coco} to train on, {len(held)} held out (left "
-          f"out: {dataset.left_out}), device {device}, {model.amp_dtype(device, args.dtype)}, {ranks.size} process{'es' * (ranks.size > 1)}"
+          f"out: {dataset.left_out}), device {device}, {model.amp_dtype(device, args.dtype)}, {ranks.size} "
+          f"process{'es' * (ranks.size > 1)}"
           + (f", going on after step {checkpoint['step']}" if checkpoint else ""))
     torch.manual_seed(args.seed)
     net = model.TIJEPA(config).to(device)
