@@ -680,8 +680,8 @@ def refuse_unused_gpu():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         mend = "a newer driver, or a torch for an older CUDA" if torch.version.cuda else "a torch with CUDA"
         raise ModelError(f"nvidia-smi lists a GPU (driver {driver[0] if driver else 'unknown'}), but torch "
-                         f"{torch.__version__}, built {built}, cannot use it: install {mend} (https://pytorch.org/get-started/locally), or go on "
-                         "without the GPU by --device cpu")
+                         f"{torch.__version__}, built {built}, cannot use it: install {mend} "
+                         "(https://pytorch.org/get-started/locally), or go on without the GPU by --device cpu")
 
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")

@@ -1217,8 +1217,8 @@ def test_pretrain_end_to_end(pretrained):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4] and lines[-1]["momentum"] == 1.0
     assert set(lines[0]) == {"step", "epoch", "loss", "lr", "wd", "momentum", "grad_norm", "skipped_steps", "images_per_s",
-                             "data_wait", "energy", "energy_wrong", "lower", "target_std", "prediction_std", "target_rank", "read",
-                             "left_out"}
+                             "data_wait", "energy", "energy_wrong", "lower", "target_std", "prediction_std",
+                             "target_rank", "read", "left_out"}
     assert lines[-1]["read"] == {"images": 40, "captions": 200}
     assert lines[-1]["left_out"] == {"image not on disk": 1, "broken image": 1}
     assert "read 40 images, 200 captions; left out: 1 image not on disk, 1 broken image" in done.stdout
