@@ -1,29 +1,28 @@
-"""Everything that touches the disk: COCO captions, MVSA posts, published splits, and the toy world in both layouts.
+"""Everything that touches the disk: COCO captions, MVSA posts, splits, the feature cache, the toy world.
 
-    python data.py toy DIR                        write the toy data: DIR/coco and DIR/mvsa, in the official layouts
-    python data.py check --coco DIR --mvsa DIR    say what is there, or what is missing and where it is to be had
+    python data.py toy DIR                      write toy data in the official layouts: DIR/coco and DIR/mvsa
+    python data.py check --coco DIR --mvsa DIR  look for both, and say what is missing and where to get it
 
-One image-caption pair goes: COCO's json -> `CocoCaptions.items` -> `feature_cache` has f_I and f_T encode it, once ->
-`epoch_batches` draws its index and caption -> `FeatureCache` reads what was encoded -> the loop in pretrain.py. With
-`--cache off`, `Pictures` decodes and preprocesses it each time it is drawn, and the loop encodes it.
+One image-caption pair: COCO's json -> `load_coco` -> `FeatureCache` encodes it with f_I and f_T, once ->
+`epoch_order` draws its caption -> `FeatureCache.batches` reads its features -> the loop in pretrain.py.
 """
 import argparse
 import errno
 import fcntl
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import shutil
-import signal
 import struct
 import sys
-import tempfile
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import timm.data
@@ -32,63 +31,104 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from model import UserError
+
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
-COCO_HELP = "run `make coco COCO=DIR`, or download train2017.zip and annotations_trainval2017.zip from cocodataset.org"
-MVSA_HELP = ("MVSA must be downloaded by hand: http://www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
+COCO_HELP = "run `make coco COCO=DIR`, or get train2017.zip, annotations_trainval2017.zip of cocodataset.org"
+MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
              "social-data/ or, on Kaggle, vincemarcs/mvsasingle and vincemarcs/mvsamultiple")
-# What Pillow raises on files that are not the image they claim to be
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+# ------------------------------------------------------------------------------------------------------------
+# What all commands share: options, errors, files
 
 
-class DataError(Exception):
-    """The data are missing or not what they should be; the message names the file and what to do."""
+def number(kind, least, most=math.inf):
+    """add_argument's options for an int or float from `least` (or "above 0") to `most`, never nan or inf: its
+    type, and its range for --help."""
+    def parse(text):
+        value = kind(text)
+        enough = value > 0 if least == "above 0" else value >= least  # False for nan
+        if not enough or value > most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range {least} to {most}")
+        return value
+    parse.__name__ = kind.__name__  # argparse: "invalid float value"
+    shown = ">0" if least == "above 0" else f"{least}.." if most == math.inf else f"{least}..{most}"
+    return {"type": parse, "metavar": shown}
 
 
-def exit_code(command, mend, memory):
-    """Run command() for a script -> its exit code, with a sentence on stderr in place of a traceback where it fails in a way
-    that the user can do something about: 2 for the errors `mend`, a full or unwritable disk, and too little memory (`memory`
-    names the options to lower); 1 for a loss that is not finite; 130 for Ctrl-C."""
-    try:
-        return command()
-    except mend as error:
-        code, text = 2, error
-    except FloatingPointError as error:
-        code, text = 1, error
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted; the feature cache, the last checkpoint and the answers of finished seeds are kept"
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        code, text = 2, (f"{error.filename or 'a file of --out or --cache'} cannot be written or read: {error.strerror}; "
-                         "make room, mend its rights, or name another folder with --out or --cache")
-    except (MemoryError, RuntimeError) as error:
-        # torch has a class of its own for a full GPU, and on a CPU says it in a RuntimeError
-        known = ("can't allocate memory", "DataLoader worker (pid")  # the second: the system killed it, which is why it does
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(text in str(error) for text in known):
-            raise
-        code, text = 2, f"out of memory; lower {memory}\n  ({str(error).splitlines()[0] if str(error) else 'MemoryError'})"
-    print(f"error: {text}", file=sys.stderr)
-    return code
+class Unbreakable:
+    """A text stream that ends no run: silent once its pipe is closed, ? for what its encoding lacks."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        encoding = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            self.stream.flush()
+        except OSError:  # a closed pipe, a lost terminal, a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def make_folder(path, option):
-    """Make the folder that `option` names if it is not there, and return it as a Path. Raises DataError if it cannot be
-    written to."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return Path(path)
-    except OSError as error:
-        raise DataError(f"{option} {path} is no folder that can be written to ({error.strerror}); name another") from error
+def run_command(command, memory):
+    """command() -> exit code: after a sentence 2 for what the user can mend (`memory`: the options to lower),
+    1 for a loss that is not finite, 130 for Ctrl-C."""
+    nowhere = open(os.devnull, "w")  # for a process that was started without an output
+    out, err = Unbreakable(sys.stdout or nowhere), Unbreakable(sys.stderr or nowhere)
+    code = 2
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            return command()
+        except UserError as error:
+            text = error
+        except FloatingPointError as error:
+            code, text = 1, error
+        except KeyboardInterrupt:
+            code, text = 130, "interrupted; the cache, the last checkpoint and finished seeds are kept"
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            name = error.filename or "a file of --out or --cache"
+            text = f"{name} cannot be written or read: {error.strerror}; mend it or name another folder"
+        except (MemoryError, RuntimeError) as error:
+            full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not full and "can't allocate memory" not in str(error):  # torch's words on a CPU
+                raise
+            text = f"out of memory; lower {memory}\n  ({str(error)[:200]})"
+        print(f"error: {text}", file=sys.stderr)
+        return code
 
 
 @contextmanager
-def whole_file(path):
-    """A binary file to write under a temporary name, renamed to `path` when all of it is on the disk: whoever reads `path`
-    finds the old content or the new, at whatever moment this process or the machine stops."""
+def locked(folder, option, wait=False):
+    """Make the folder that `option` names and hold its lock, which the system frees however a process ends.
+    UserError if it cannot be written to, or unless `wait` another process has it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(folder) / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"{option} {folder} is no folder to write to ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"another run writes to {option} {folder}: wait, or name another") from None
+            print(f"waiting for another process that is writing to {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def atomic_write(path):
+    """A binary file to write, renamed to `path` when it is on the disk: `path` is never half written."""
     part = path.with_name(path.name + ".tmp")
     try:
         with open(part, "wb") as file:
@@ -96,417 +136,324 @@ def whole_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides the error of a full disk behind one of its own
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind an error of its own
         found = error if isinstance(error, OSError) else error.__context__
         if not isinstance(found, OSError):
             raise
         found.filename = str(path)
         raise found
     finally:
-        part.unlink(missing_ok=True)  # still there only after an error: on a full disk it would be in the way
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too
-    os.close(folder)
+        part.unlink(missing_ok=True)  # only after an error: on a full disk it would be in the way
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def write_json(path, content):
+    """`content` as JSON, atomically. Raises ValueError for a number that is not finite."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+def digest(*contents):
+    """A hash of bytes and of what JSON can hold, as 32 hexadecimal digits."""
+    found = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        found.update(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return found.hexdigest()
+
+
+def read_file(path):
+    """The bytes of a regular file, or None if it cannot be opened or is none (a pipe would never end)."""
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except OSError:
+        return None
+
+
+def read_ahead(load, keys):
+    """load(key) for each key, the next one in a thread while the caller computes."""
+    pending = []
+    with ThreadPoolExecutor(1) as reader:
+        for key in keys:
+            pending.append(reader.submit(load, key))
+            if len(pending) == 2:
+                yield pending.pop(0).result()
+        for last in pending:
+            yield last.result()
+
+
+def describe(counts):
+    """{what: how many} in words."""
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none"
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Images
+
+# What Pillow raises on files that are not the image they claim to be
+NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+# EXIF orientation -> the turn upright; Pillow's exif_transpose stops at any other corrupt field
+TURN = Image.Transpose
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
+         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 
 
 def image_transform(data_config):
-    """PIL image -> [3, H, W] float tensor: size, interpolation, mean and std of the encoder's own timm data config.
-
-    The picture is squashed to the input size, not cropped (as in the authors' scripts): a caption may speak of its edges.
-    """
+    """PIL image -> [3, H, W] by timm's data config; squashed, as in the authors' scripts, not cropped:
+    captions are about its edges, too."""
     return timm.data.create_transform(**data_config, crop_pct=1.0, crop_mode="squash")
 
 
 def read_image(path, size=None):
-    """Path -> RGB image. Raises one of BROKEN if it cannot be decoded to the last pixel.
-
-    `size` (height, width) is what it will be scaled to: a JPEG more than twice that is decoded at a half, quarter or eighth
-    of its size, never below twice `size`, which costs a fraction and leaves the scaling enough to average over. Of an
-    animation it is the first picture; what is transparent is white.
-    """
+    """Path -> upright RGB image, or one of NOT_AN_IMAGE if it cannot be decoded whole. A JPEG of more than
+    twice `size` (height, width) is decoded at a half, quarter or eighth, which costs a fraction."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(errno.ENOENT, "not a file", str(path))
     with Image.open(path) as image:
         if size:
-            image.draft(None, (2 * size[1], 2 * size[0]))  # does nothing for other formats
-        if image.mode.startswith("I"):  # 16 bits a pixel, or 16 in 32: Pillow's own conversion would clip at 255
+            image.draft(None, (2 * max(size), 2 * max(size)))  # does nothing for other formats
+        image.load()
+        try:
+            turn = TURNS.get(image.getexif().get(0x0112))
+        except (*NOT_AN_IMAGE, LookupError, TypeError):  # the EXIF part is corrupt, the picture may be good
+            turn = None
+        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if turn is not None:
+            image = image.transpose(turn)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
 
 
-def describe(counts):
-    """{what: how many} in words."""
-    return ", ".join(f"{number} {what}" for what, number in counts.items()) or "none"
-
-
-@dataclass
-class LeftOut:
-    """What was not used, by reason, with names: nothing is dropped silently."""
-    reasons: dict = field(default_factory=dict)  # reason -> set of names
-
-    def add(self, reason, name):
-        """Count `name` once; a broken image is printed the first time it is met."""
-        names = self.reasons.setdefault(reason, set())
-        if reason == "broken image" and name not in names:
-            print(f"left out, cannot be read: {name}", file=sys.stderr)
-        names.add(name)
-
-    def add_broken(self, batch, items):
-        """Count what a RawBatch or FeatureBatch of `items` (path, texts) left out."""
-        for image in batch.left_out:
-            self.add("broken image", str(items[image][0]))
-
-    def merge(self, other):
-        """What both name, as another LeftOut."""
-        return LeftOut({reason: self.reasons.get(reason, set()) | other.reasons.get(reason, set())
-                        for reason in {**self.reasons, **other.reasons}})
-
-    def counts(self):
-        """{reason: how many}"""
-        return {reason: len(names) for reason, names in self.reasons.items()}
-
-    def __str__(self):
-        return describe(self.counts())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # COCO captions
 
 
-def coco_paths(root):
-    """COCO 2017's (image folder, caption file) below `root`. Raises DataError naming what is missing."""
+def find_coco(root):
+    """COCO 2017's (image folder, caption file) below `root`, or a UserError that names what is missing."""
     images, captions = Path(root) / "train2017", Path(root) / "annotations" / "captions_train2017.json"
-    missing = [str(path) for path, found in ((images, images.is_dir()), (captions, captions.is_file())) if not found]
+    missing = [str(images)] * (not images.is_dir()) + [str(captions)] * (not captions.is_file())
     if missing:
-        raise DataError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
+        raise UserError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
     return images, captions
 
 
 def parse_captions(content, name):
-    """The bytes of COCO's caption file -> ({image id: file name}, {image id: captions}, ids of images that have captions but
-    are not listed). Raises DataError, with the file's `name`, for anything that is not such a file."""
+    """The bytes of caption file `name` -> ({image id: file name}, {image id: captions}), or UserError."""
     try:
         parsed = json.loads(content)
         images = [(image["id"], image["file_name"]) for image in parsed["images"]]
         notes = [(note["image_id"], note["caption"].strip()) for note in parsed["annotations"]]
-        # In Python 1 == 1.0 == True, and text that is half of a surrogate pair is no text: neither may be taken for another.
-        if not all(type(i) is int and type(text) is str and text.encode() is not None for i, text in images + notes):
-            raise TypeError("an id that is not a whole number, or a file name or caption that is not a text")
+        for number, text in images + notes:
+            if type(number) is not int or type(text) is not str:  # in Python 1 == 1.0 == True
+                raise TypeError("an id that is no whole number, or a file name or caption that is no text")
+            text.encode()  # raises for half of a surrogate pair, which no tokenizer takes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{name} is not a COCO caption file: {error!r}; fetch it again: {COCO_HELP}") from error
-    files, captions = dict(images), {}
-    if len(files) < len(images):
-        raise DataError(f"{name} lists image id {Counter(i for i, _ in images).most_common(1)[0][0]} twice")
+        raise UserError(f"{name} is not a COCO caption file: {error!r}; {COCO_HELP}") from error
+    for what, values in zip(("image id", "file"), zip(*images)):
+        value, count = Counter(values).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{name} lists {what} {value} twice")
+    captions = {}
     for image, caption in notes:
         captions.setdefault(image, []).append(caption)
-    return files, captions, sorted(captions.keys() - files.keys())
+    return dict(images), captions
 
 
-class CocoCaptions:
-    """Images and their captions. `items[i]` is (path, captions), in the order of the image ids.
-
-    An image that is listed but not on disk, or has no caption, or is not listed and has one, is counted in `left_out`.
-    `limit` keeps the first so many (0: all). Raises DataError if the annotations are not COCO's or nothing is left.
-    """
-
-    def __init__(self, root, limit=0):
-        folder, annotations = coco_paths(root)
-        names, captions, unlisted = parse_captions(annotations.read_bytes(), annotations)
-        on_disk = {path.name for path in folder.iterdir()}
-        self.items, self.left_out = [], LeftOut()
-        for image_id in unlisted:
-            self.left_out.add("captioned image not listed", str(image_id))
-        for image_id, name in sorted(names.items()):
-            if name not in on_disk:
-                self.left_out.add("image not on disk", name)
-            elif image_id not in captions:
-                self.left_out.add("image without caption", name)
-            elif not limit or len(self.items) < limit:
-                self.items.append((folder / name, captions[image_id]))
-        if not self.items:
-            raise DataError(f"no image of {folder} has a caption in {annotations}; left out: {self.left_out}")
-
-    def read(self):
-        """What a run reads: {"images": ..., "captions": ...}, without the images that were found broken so far."""
-        broken = self.left_out.reasons.get("broken image", ())
-        whole = [texts for path, texts in self.items if str(path) not in broken]
-        return {"images": len(whole), "captions": sum(map(len, whole))}
-
-    def fingerprint(self):
-        """A hash of the file names and captions, in their order: the same if they are the same, in whatever folder."""
-        return hashlib.blake2b(json.dumps([(path.name, texts) for path, texts in self.items]).encode(),
-                               digest_size=16).hexdigest()
-
-    def hold_out(self, count):
-        """Indices of the items to train on, and of `count` others to measure on. Always the same ones, whatever the seed
-        of a run, so that runs compare. Raises DataError if that leaves nothing to train on."""
-        if count >= len(self.items):
-            raise DataError(f"--held_out {count} leaves nothing of {len(self.items)} images to train on")
-        order = np.random.default_rng(0).permutation(len(self.items))
-        return np.sort(order[count:]), np.sort(order[:count])
+def load_coco(root, limit=0):
+    """COCO below `root` -> (items [(path, captions)] by image id, the first `limit` of them or all, and a
+    Counter of what cannot be used). Raises UserError if nothing is left."""
+    folder, annotations = find_coco(root)
+    files, captions = parse_captions(annotations.read_bytes(), annotations)
+    on_disk = {path.name for path in folder.iterdir()}
+    items, skipped = [], Counter({"captioned image not listed": len(captions.keys() - files.keys())})
+    for image, name in sorted(files.items()):
+        if name not in on_disk:
+            skipped["image not on disk"] += 1
+        elif image not in captions:
+            skipped["image without caption"] += 1
+        else:
+            items.append((folder / name, captions[image]))
+    if not items:
+        raise UserError(f"no image of {folder} has a caption in {annotations}; skipped: {describe(skipped)}")
+    return items[:limit or None], +skipped  # without zeros
 
 
-def epoch_batches(items, train, batch_size, seed, epoch):
-    """The batches of one epoch over the indices `train`: lists of draws (image, whose caption, which caption), where the
-    caption is the image's own. Pure function of its arguments.
+def hold_out(cache, count):
+    """Indices of the readable images to train on and of the `count` to measure on: those whose hashed file
+    names come first, so that an image that is lost moves no other."""
+    if count >= len(cache.readable):
+        raise UserError(f"--held_out {count} leaves nothing of {len(cache.readable)} readable images")
+    order = sorted(cache.readable, key=lambda i: digest(cache.items[i][0].name))
+    return np.sort(order[count:]), np.sort(order[:count])
 
-    Each image comes once, in a new order, with one of its captions drawn at random. The last batch is dropped if it is
-    not full, unless it is the only one.
-    """
+
+def epoch_order(cache, train, seed, epoch):
+    """One epoch: (images `train` in a new order, the number of a random caption of each). A pure function: a
+    resumed run needs no state."""
     rng = np.random.default_rng([seed, epoch])
-    draws = [(int(i), int(i), int(rng.integers(len(items[i][1])))) for i in rng.permutation(train)]
-    batches = [draws[start:start + batch_size] for start in range(0, len(draws), batch_size)]
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
+    images = rng.permutation(train)
+    return images, rng.integers(cache.first[images], cache.first[images + 1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches: decoded each time they are drawn, or what the frozen encoders said of them, from disk. Both give the loop
-# `.features(net)` -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L] on the model's device.
-
-
-class RawBatch(NamedTuple):
-    """B pictures and B texts, still to be encoded."""
-    images: torch.Tensor  # [B, 3, H, W]
-    texts: list
-    left_out: list  # item indices of pictures that were drawn and cannot be read
-
-    @property
-    def size(self):
-        return len(self.texts)
-
-    def features(self, net):
-        return net.frozen(self.images, self.texts)
-
-
-class FeatureBatch(NamedTuple):
-    """What f_I and f_T said of B pictures and texts."""
-    s_image: torch.Tensor  # [B, N, D_I]
-    s_text: torch.Tensor  # [B, L, D_T], zeros where there is no token
-    text_mask: torch.Tensor  # [B, L] bool
-    left_out: list  # as above
-
-    @property
-    def size(self):
-        return len(self.s_image)
-
-    def features(self, net):
-        s_image, s_text, text_mask = (part.to(net.device, non_blocking=True) for part in self[:3])
-        return s_image.to(net.dtype), s_text.to(net.dtype), text_mask
-
-
-class Pictures(Dataset):
-    """items: (path, texts). A list of draws (image, whose text, which text) -> RawBatch, without the pictures that cannot
-    be read. For a DataLoader with batch_size=None: its workers make whole batches."""
-
-    def __init__(self, items, data_config):
-        self.items, self.transform, self.size = items, image_transform(data_config), data_config["input_size"]
-
-    def __getitem__(self, draws):
-        images, texts, left_out = [], [], []
-        for image, owner, text in draws:
-            try:
-                picture = read_image(self.items[image][0], self.size[1:])
-            except BROKEN:
-                left_out.append(image)
-                continue
-            images.append(self.transform(picture))
-            texts.append(self.items[owner][1][text])
-        return RawBatch(torch.stack(images) if images else torch.empty(0, *self.size), texts, left_out)
-
-
-def make_loader(source, draws, workers, device):
-    """A DataLoader of Pictures or a FeatureCache over lists of draws, each a batch, read ahead by `workers` processes."""
-    return DataLoader(source, batch_size=None, sampler=draws, num_workers=workers, pin_memory=device.type == "cuda",
-                      worker_init_fn=leave_signals)
-
-
-def leave_signals(worker):
-    """Ctrl-C goes to every process of a terminal, but what it means is for the main one to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The feature cache: f_I and f_T are frozen and pictures are not augmented, so each is encoded once
 
-ENCODE_BATCH = 32  # fixed, so that the bytes of a cache do not depend on where its making was cut off
-ON_DISK = {"float16": np.float16, "float32": np.float32, "bfloat16": np.int16}  # numpy has no bfloat16: its bits
+ENCODE_BATCH = 32  # fixed, so that the bytes of a cache do not depend on where its building was cut off
+FILES = ("image.npy", "text.npy")  # f_I's patches [I, N, D_I]; f_T's states of all texts' tokens [T, D_T]
 
 
-def first_texts(items):
-    """items: (path, texts) -> [I + 1]: the number of each item's first text, when all texts are counted through."""
-    return np.concatenate([[0], np.cumsum([len(texts) for _, texts in items])])
+class FeatureCache:
+    """The float16 features of `items` (path, texts), in a folder below `root`; built or completed if need be.
 
+    The folder is named by a hash of encoders, precision, preprocessing and the contents, not the names, of
+    pictures and texts: a copy of the data needs no new cache, and other data never meet an old one. Price:
+    all pictures are read once at each start.
 
-class FeatureCache(Dataset):
-    """What f_I and f_T say of items, in a folder: a list of draws -> FeatureBatch, as `Pictures` gives a RawBatch.
-
-        recipe.json   what it was made from, and the indices of the images that cannot be read
-        image.bin     [I, N, D_I]     f_I's patch tokens
-        text.bin      [tokens, D_T]   f_T's token states of all texts, one text after the other
-        offsets.npy   [texts + 1]     where in text.bin each text begins
+    `readable` and `unreadable`: indices of items whose picture can be decoded, or not; `digests`: the items'
+    hashes; `first` [I + 1]: each item's first text; `offsets` [texts + 1]: each text's first row in text.npy.
     """
 
-    def __init__(self, folder, items, recipe):
-        stored = json.loads((folder / "recipe.json").read_text())
-        self.broken = set(stored.pop("broken"))
-        differs = [key for key in {*stored, *recipe} if stored.get(key) != recipe.get(key)]
-        if differs:
-            raise DataError(f"{folder} is not the feature cache its name says, it differs in {', '.join(sorted(differs))}; "
-                            "remove it")
-        self.folder, self.items, self.dtype = folder, items, recipe["dtype"]
-        self.image_shape, self.text_shape = recipe["image_shape"], recipe["text_shape"]
-        self.offsets = np.load(folder / "offsets.npy")
-        self.first = first_texts(items)
+    def __init__(self, root, items, net, workers):
+        self.items, self.device, self.dtype = items, net.device, net.dtype
+        with ThreadPoolExecutor(workers) as pool:
+            self.digests = list(pool.map(lambda item: digest(digest(read_file(item[0])), item[1]), items))
+        self.texts = [text for _, captions in items for text in captions]
+        tokens = []
+        for n in range(0, len(self.texts), 1000):  # all at once would take GBs
+            tokens += map(len, net.text_encoder.tokenize(self.texts[n:n + 1000])["input_ids"])
+        self.offsets = np.cumsum([0, *tokens])
+        self.first = np.cumsum([0, *(len(captions) for _, captions in items)])
+        self.transform = image_transform(net.image_encoder.data_config)
+        self.encoders = net.fingerprint()
+        self.key = digest([self.encoders, str(net.dtype), str(self.transform), self.digests])
+        self.folder = Path(root) / self.key
+        self.shapes = {"image.npy": (len(items), math.prod(net.grid), net.image_encoder.dim),
+                       "text.npy": (sum(tokens), net.text_encoder.dim)}
+        with locked(self.folder, "--cache", wait=True):
+            done, self.unreadable = self.progress()
+            if done < len(items):
+                self.build(net, workers, done)
+        self.readable = np.setdiff1d(np.arange(len(items)), self.unreadable)
+        most = net.text_encoder.max_tokens
+        cut = sum(length >= most for length in tokens)
+        note = f"; {cut} have {most} tokens or more: f_T reads {most}" if cut else ""
+        print(f"features: {self.folder}, {len(items)} images ({len(self.unreadable)} unreadable), "
+              f"{len(self.texts)} texts{note}")
+        self.on_device = {}
+        size = sum((self.folder / name).stat().st_size for name in FILES)
+        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 2:  # half to train
+            for name in FILES:
+                self.on_device[name] = torch.from_numpy(np.load(self.folder / name)).to(self.device)
 
-    def array(self, name, shape):
-        """A file of the folder as a memory map, opened for each batch: pages that were read do not pile up as the
-        process's own."""
-        return np.memmap(self.folder / name, ON_DISK[self.dtype], "r", shape=tuple(shape))
+    def whole(self, name):
+        """Whether a file has the header and the size that it must have. OSError if there is none."""
+        shape, header = self.shapes[name], io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        with open(self.folder / name, "rb") as file:
+            same = file.read(header.tell()) == header.getvalue()
+            return same and os.fstat(file.fileno()).st_size == header.tell() + 2 * math.prod(shape)
 
-    def tensor(self, array):
-        tensor = torch.from_numpy(np.array(array))
-        return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
+    def progress(self):
+        """How many items are encoded, and the unreadable ones: (0, []) unless all is as `build` left it."""
+        try:
+            done, unreadable, check = json.loads((self.folder / "done.json").read_text())
+            right = check == digest([self.key, done, unreadable]) and all(map(self.whole, FILES))
+        except (OSError, ValueError, TypeError, RecursionError):
+            right = False
+        return (done, unreadable) if right else (0, [])
 
-    def __getitem__(self, draws):
-        whole = [draw for draw in draws if draw[0] not in self.broken]
-        s_image = self.tensor(self.array("image.bin", self.image_shape)[[image for image, _, _ in whole]])  # [B, N, D_I]
-        tokens = self.array("text.bin", self.text_shape)
-        texts = [self.first[owner] + text for _, owner, text in whole]
-        texts = [self.tensor(tokens[self.offsets[text]:self.offsets[text + 1]]) for text in texts]  # B x [L_b, D_T]
-        if not whole:
-            return FeatureBatch(s_image, s_image, s_image, [image for image, _, _ in draws])
-        s_text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)  # [B, L, D_T]
-        lengths = torch.tensor([len(text) for text in texts])
-        text_mask = torch.arange(s_text.shape[1]) < lengths[:, None]  # [B, L]
-        return FeatureBatch(s_image, s_text, text_mask, [image for image, _, _ in draws if image in self.broken])
+    def reserve(self):
+        """Make the empty files with all their room: under a memory map, a full disk kills the process. Raises
+        UserError, and leaves no file, if there is too little."""
+        for name in ("done.json", *FILES):
+            (self.folder / name).unlink(missing_ok=True)  # what is replaced needs no room
+        needed = sum(2 * math.prod(shape) for shape in self.shapes.values())
+        free = shutil.disk_usage(self.folder).free
+        room = f"the feature cache takes {needed / 1e9:.3g} GB in {self.folder}, {free / 1e9:.3g} GB are free"
+        print(room)
+        try:
+            if needed > free:
+                raise OSError(errno.ENOSPC, "too little room")
+            for name, shape in self.shapes.items():
+                np.lib.format.open_memmap(self.folder / name, "w+", np.float16, shape)
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    with open(self.folder / name, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            for name in FILES:
+                (self.folder / name).unlink(missing_ok=True)
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(f"{room}: name another folder with --cache DIR") from error
 
+    def write(self, name, index, rows):
+        """Rows [R, ...] to the disk, at `index`. Raises UserError for what float16 cannot hold."""
+        rows = rows.cpu().half()
+        if not rows.isfinite().all():
+            raise UserError(f"the encoder's features for {name} do not fit float16: take another encoder")
+        array = np.load(self.folder / name, mmap_mode="r+")
+        array[index] = rows.numpy()
+        array.flush()
 
-def cache_recipe(items, net, pictures, dtype):
-    """Everything that decides what is in a cache, and where its texts begin: (recipe, offsets [texts + 1]).
+    def build(self, net, workers, done):
+        """Encode the items from number `done` on; a chunk counts when done.json says so."""
+        if not done:
+            self.reserve()
+        size = net.image_encoder.data_config["input_size"][1:]
 
-    Texts count by their tokens, so another tokenizer or caption makes another cache; files by path, size and time.
-    """
-    lengths, digest = [0], hashlib.blake2b(digest_size=16)
-    texts = [text for _, texts in items for text in texts]
-    for start in range(0, len(texts), 1000):
-        for tokens in net.text_encoder.tokens(texts[start:start + 1000])["input_ids"]:
-            lengths.append(len(tokens))
-            digest.update(np.array([len(tokens), *tokens]))
-    offsets = np.cumsum(lengths)
-    files = hashlib.blake2b(digest_size=16)
-    for path, texts in items:
-        found = os.stat(path)
-        files.update(f"{path.name} {found.st_size} {found.st_mtime_ns} {len(texts)}\n".encode())
-    N = net.grid[0] * net.grid[1]
-    recipe = {"image_encoder": net.config.image_encoder, "text_encoder": net.config.text_encoder,
-              "encoder_weights": net.fingerprint(), "encoder_precision": str(net.dtype),
-              "preprocessing": f"draft to {2 * max(pictures.size)}, {pictures.transform}",
-              "files": files.hexdigest(), "texts": digest.hexdigest(), "dtype": dtype,
-              "image_shape": [len(items), N, net.image_encoder.dim],
-              "text_shape": [int(offsets[-1]), net.text_encoder.dim]}
-    return recipe, offsets
+        def decode(item):
+            try:
+                return self.transform(read_image(item[0], size))
+            except NOT_AN_IMAGE as error:
+                if getattr(error, "errno", None) and read_file(item[0]) is not None:
+                    raise  # too many open files, or the like: the picture is not to blame
+                print(f"skipped, cannot be read: {item[0]} ({error})", file=sys.stderr)
 
+        starts = range(done, len(self.items), ENCODE_BATCH)
+        with ThreadPoolExecutor(workers) as pool:
+            chunks = read_ahead(lambda n: list(pool.map(decode, self.items[n:n + ENCODE_BATCH])), starts)
+            for start, images in zip(tqdm(starts, desc="encode", unit=f" x {ENCODE_BATCH} images"), chunks):
+                readable = {i: image for i, image in enumerate(images, start) if image is not None}
+                end = start + len(images)
+                self.unreadable += [i for i in range(start, end) if i not in readable]  # their rows stay 0
+                if readable:
+                    s_image = net.frozen_image(torch.stack(list(readable.values())))  # [B, N, D_I]
+                    self.write("image.npy", list(readable), s_image)
+                first, last = self.first[start], self.first[end]
+                for n in range(first, last, ENCODE_BATCH):
+                    texts = self.texts[n:min(n + ENCODE_BATCH, last)]
+                    s_text, mask = net.frozen_text(texts)  # [B, L, D_T], [B, L]
+                    rows = self.offsets[n:n + len(texts) + 1]
+                    assert mask.sum(1).tolist() == np.diff(rows).tolist()  # or later texts would be misplaced
+                    self.write("text.npy", slice(rows[0], rows[-1]), s_text[mask])
+                state = [end, self.unreadable]
+                write_json(self.folder / "done.json", [*state, digest([self.key, *state])])
 
-def feature_cache(root, items, net, dtype, workers):
-    """The FeatureCache of `items` (path, texts) below `root`, made if it is not there yet. Its folder is named by a hash of
-    its recipe, so what was made of other encoders, files, texts or preprocessing is never met.
+    def rows(self, name, index):
+        """Rows [*index.shape, ...] of a file, opened each time: a map that stays open grows in memory."""
+        if self.on_device:
+            return self.on_device[name][torch.from_numpy(index).to(self.device)]
+        rows = torch.from_numpy(np.load(self.folder / name, mmap_mode="r")[index])
+        return rows.pin_memory() if self.device.type == "cuda" else rows
 
-    Two processes that need the same one: the second waits. Raises DataError if the disk has too little room.
-    """
-    pictures = Pictures(items, net.image_encoder.data_config)
-    recipe, offsets = cache_recipe(items, net, pictures, dtype)
-    folder = Path(root) / hashlib.blake2b(json.dumps(recipe).encode(), digest_size=8).hexdigest()
-    if not folder.is_dir():
-        with open(make_folder(root, "--cache") / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system however the process ends
-            if not folder.is_dir():
-                make_cache(folder, pictures, net, recipe, offsets, workers)
-    cache = FeatureCache(folder, items, recipe)
-    most = net.text_encoder.max_tokens
-    cut = int((np.diff(offsets) >= most).sum())
-    print(f"features: {folder}, {len(items)} images, {len(offsets) - 1} texts, {len(cache.broken)} broken images"
-          + (f"; {cut} texts have {most} tokens or more, of which f_T reads {most}" if cut else ""))
-    return cache
+    def read(self, draw):
+        """(images [B], numbers of texts [B]) -> s_image [B, N, D_I], s_text [B, L, D_T], mask [B, L]"""
+        images, texts = draw
+        start, end = self.offsets[texts][:, None], self.offsets[texts + 1][:, None]  # [B, 1]
+        position = start + np.arange((end - start).max())  # [B, L]
+        mask = position < end
+        s_text = self.rows("text.npy", np.where(mask, position, start))
+        return self.rows("image.npy", images), s_text, torch.from_numpy(mask)
 
-
-def open_source(cache, items, net, dtype, workers):
-    """What the loops draw batches from: the FeatureCache of `items` below the folder `cache`, or their Pictures if it is
-    "off"."""
-    if cache == "off":
-        return Pictures(items, net.image_encoder.data_config)
-    return feature_cache(cache, items, net, dtype, workers)
-
-
-def make_cache(folder, pictures, net, recipe, offsets, workers):
-    """Encode everything into `folder`.part, going on where an earlier call stopped, and rename it when whole."""
-    part, items = folder.with_suffix(".part"), pictures.items
-    images, broken, sizes = 0, [], [0, 0]  # done so far: images, those that cannot be read, bytes of the two files
-    if (part / "progress.json").is_file():
-        images, broken, sizes = json.loads((part / "progress.json").read_text())
-    itemsize = np.dtype(ON_DISK[recipe["dtype"]]).itemsize
-    needed = sum(int(np.prod(recipe[shape])) for shape in ("image_shape", "text_shape")) * itemsize + offsets.nbytes
-    free = shutil.disk_usage(folder.parent).free
-    room = f"the feature cache of {len(items)} images takes {needed / 1e9:.3g} GB in {folder.parent}"
-    full = DataError(f"{room}, where {free / 1e9:.3g} GB are free: name another folder with --cache DIR, or encode every "
-                     "time with --cache off")
-    if needed - sum(sizes) > free:
-        raise full
-    print(f"{room} ({free / 1e9:.3g} GB are free)" + (f"; going on at image {images}" if images else ""))
-    part.mkdir(exist_ok=True)
-    first = first_texts(items)
-    starts = range(images, len(items), ENCODE_BATCH)
-    chunks = [[(i, i, 0) for i in range(start, min(start + ENCODE_BATCH, len(items)))] for start in starts]
-    loader = make_loader(pictures, chunks, workers, net.device)
-    try:
-        with open(part / "image.bin", "ab") as image_file, open(part / "text.bin", "ab") as text_file, \
-                tqdm(total=len(items), initial=images, desc="encode", unit="image") as bar:
-            files = (image_file, text_file)
-            for file, size in zip(files, sizes):
-                file.truncate(size)
-            for chunk, batch in zip(chunks, loader):
-                whole = [i for i, _, _ in chunk if i not in batch.left_out]
-                s_image = torch.zeros(len(chunk), *recipe["image_shape"][1:], dtype=net.dtype)
-                if whole:
-                    s_image[[i - chunk[0][0] for i in whole]] = net.frozen_image(batch.images).cpu().to(net.dtype)
-                image_file.write(to_disk(s_image, recipe["dtype"]))
-                texts, begin = [text for i, _, _ in chunk for text in items[i][1]], first[chunk[0][0]]
-                for start in range(0, len(texts), ENCODE_BATCH):
-                    s_text, mask = net.frozen_text(texts[start:start + ENCODE_BATCH])
-                    lengths = np.diff(offsets[begin + start:begin + start + len(mask) + 1])
-                    assert mask.sum(1).tolist() == lengths.tolist()  # or later texts would be read from the wrong place
-                    text_file.write(to_disk(s_text[mask], recipe["dtype"]))
-                for file in files:
-                    file.flush()
-                    os.fsync(file.fileno())
-                broken += batch.left_out
-                with whole_file(part / "progress.json") as file:
-                    file.write(json.dumps([chunk[-1][0] + 1, broken, [f.tell() for f in files]]).encode())
-                bar.update(len(chunk))
-        np.save(part / "offsets.npy", offsets)
-        with whole_file(part / "recipe.json") as file:
-            file.write(json.dumps({**recipe, "broken": broken}, indent=1).encode())
-    except (OSError, DataError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
-            raise
-        shutil.rmtree(part)  # what cannot be finished must not fill the disk
-        raise (full if isinstance(error, OSError) else error) from error
-    os.replace(part, folder)
+    def batches(self, draws):
+        """For each draw (see `read`) s_image and s_text on the device in its dtype, and text_mask."""
+        for features in map(self.read, draws) if self.on_device else read_ahead(self.read, draws):
+            s_image, s_text, mask = (tensor.to(self.device, non_blocking=True) for tensor in features)
+            yield s_image.to(self.dtype), s_text.to(self.dtype) * mask[:, :, None], mask  # padding is 0
 
 
-def to_disk(tensor, dtype):
-    """A tensor -> its bytes as `dtype`. Raises DataError for what float16 cannot hold."""
-    tensor = tensor.cpu().to(getattr(torch, dtype)).contiguous()
-    if not tensor.isfinite().all():
-        raise DataError(f"the encoders' features do not fit {dtype}; use --cache_dtype bfloat16 or float32")
-    return tensor.view(torch.uint8).numpy().tobytes()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MVSA
 
 
@@ -521,41 +468,20 @@ class Post:
 
 
 def find_mvsa(root):
-    """{"single": folder, "multi": folder}, or one of them: every folder at `root` or up to two levels below it that
-    holds labelResultAll.txt and data/, whatever its name; which set it is, its header tells.
-
-    Raises DataError if there is none, or two of a kind.
-    """
-    root, found = Path(root), {}
-    patterns = ["labelResultAll.txt", "*/labelResultAll.txt", "*/*/labelResultAll.txt"]
-    for labels in (path for pattern in patterns for path in sorted(root.glob(pattern))):
+    """{"single": folder, "multi": folder}, or one of them: `root` or folders up to two levels below, of any
+    name: the label file's header tells the set. Raises UserError for none or two of a kind."""
+    found = {}
+    levels = ("labelResultAll.txt", "*/labelResultAll.txt", "*/*/labelResultAll.txt")
+    for labels in sorted(path for level in levels for path in Path(root).glob(level)):
         if not (labels.parent / "data").is_dir():
-            raise DataError(f"{labels} is there, but no folder {labels.parent / 'data'} with the posts\n  {MVSA_HELP}")
-        kind = "single" if annotators(labels, read_rows(labels)) == 1 else "multi"
+            raise UserError(f"{labels} has no folder {labels.parent / 'data'} beside it\n  {MVSA_HELP}")
+        kind = read_labels(labels)[0]
         if kind in found:
-            raise DataError(f"two folders hold MVSA-{kind}: {found[kind]} and {labels.parent}; keep one")
+            raise UserError(f"two folders hold MVSA-{kind}: {found[kind]} and {labels.parent}; keep one")
         found[kind] = labels.parent
     if not found:
-        raise DataError(f"MVSA not found: looked for {', '.join(str(root / p) for p in patterns)}\n  {MVSA_HELP}")
+        raise UserError(f"MVSA not found: looked for {root}/{', '.join(levels)}\n  {MVSA_HELP}")
     return found
-
-
-def read_rows(labels):
-    """labelResultAll.txt -> (line number, tab-separated fields) of its non-empty lines, header first."""
-    try:
-        text = labels.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{labels} is not the label file: {error}") from error
-    lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
-    return [(n, [part.strip() for part in line.split("\t")]) for n, line in enumerate(lines, start=1) if line.strip()]
-
-
-def annotators(labels, rows):
-    """1 (Single) or 3 (Multi), from the header `ID<tab>text,image[<tab>text,image<tab>text,image]` in read_rows' first."""
-    header = [part.lower().replace(" ", "") for part in rows[0][1]] if rows else []
-    if header[:1] != ["id"] or set(header[1:]) != {"text,image"} or len(header) not in (2, 4):
-        raise DataError(f"{labels}: the first line must be ID and one or three times text,image, not {str(header)[:100]}")
-    return len(header) - 1
 
 
 def majority(votes):
@@ -564,36 +490,47 @@ def majority(votes):
     return word if 2 * count > len(votes) else None
 
 
-def combine(text, image):
-    """MVSA's label of a post from those of its parts: equal keeps, neutral with polar gives the polar one, positive with
-    negative gives None (Niu et al. 2016, as in CLMLF and all later work)."""
+def merge_labels(text, image):
+    """A post's label from those of its parts: neutral gives way, positive with negative gives None (Niu et
+    al. 2016, as in CLMLF and all later work)."""
     if text == image or image == "neutral":
         return text
     return image if text == "neutral" else None
 
 
 def read_labels(labels):
-    """labelResultAll.txt -> ({id: label}, {id: reason}) of the posts kept and dropped. Raises DataError on anything else
-    than the documented format, with the line number."""
-    rows = read_rows(labels)
-    count, kept, dropped = annotators(labels, rows), {}, {}
+    """labelResultAll.txt -> ("single" or "multi", {id: label}, {id: reason}) of the posts kept and skipped. A
+    pair text,image for each annotator: one in Single, three in Multi. Any other format: UserError."""
+    try:
+        text = (read_file(labels) or b"").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{labels} is not the label file: {error}") from error
+    lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
+    rows = [(n, [part.strip() for part in line.split("\t")])
+            for n, line in enumerate(lines, start=1) if line.strip()]
+    header = [part.lower().replace(" ", "") for part in rows[0][1]] if rows else []
+    columns = len(header) - 1
+    if header[:1] != ["id"] or set(header[1:]) != {"text,image"} or columns not in (1, 3):
+        raise UserError(f"{labels}: the first line must be ID and one or three times text,image")
+    kept, skipped = {}, {}
     for line, (post, *votes) in rows[1:]:
         votes = [tuple(word.strip().lower() for word in vote.split(",")) for vote in votes]
-        if not post or len(votes) != count or any(len(vote) != 2 or not set(vote) <= set(LABELS) for vote in votes):
-            raise DataError(f"{labels}, line {line}: not an id and {count} times text,image with {', '.join(LABELS)}")
-        if post in kept or post in dropped:
-            raise DataError(f"{labels}, line {line}: id {post} is there a second time")
+        pairs = all(len(vote) == 2 and set(vote) <= set(LABELS) for vote in votes)
+        if not post or len(votes) != columns or not pairs:
+            raise UserError(f"{labels}, line {line}: not an id and {columns} times text,image of {LABELS}")
+        if post in kept or post in skipped:
+            raise UserError(f"{labels}, line {line}: id {post} is there a second time")
         text, image = (majority(part) for part in zip(*votes))
-        label = combine(text, image) if text and image else None
+        label = merge_labels(text, image) if text and image else None
         if label:
             kept[post] = LABELS.index(label)
         else:
-            dropped[post] = "text and image of opposite polarity" if text and image else "no majority"
-    return kept, dropped
+            skipped[post] = "text and image of opposite polarity" if text and image else "no majority"
+    return {1: "single", 3: "multi"}[columns], kept, skipped
 
 
-def decode(content):
-    """A raw post -> text. The files are a mixture of UTF-8 and GBK-family bytes; Latin-1 takes whatever is left."""
+def decode_text(content):
+    """A raw post -> text: the files mix UTF-8 and GBK-family bytes; Latin-1 takes whatever is left."""
     utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # the GBK family would read it as other words
     for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030"):
         try:
@@ -604,67 +541,64 @@ def decode(content):
 
 
 def load_mvsa(folder):
-    """One MVSA folder -> (posts in the order of the label file, LeftOut). Images are only looked for, not decoded."""
-    folder = Path(folder)
-    labels = folder / "labelResultAll.txt"
-    kind = "single" if annotators(labels, read_rows(labels)) == 1 else "multi"
-    kept, dropped = read_labels(labels)
-    posts, left_out = [], LeftOut()
-    for post, reason in dropped.items():
-        left_out.add(reason, post)
-    on_disk = {path.name for path in (folder / "data").iterdir()}
+    """One MVSA folder -> (posts in the label file's order, Counter of what was skipped). Decodes no image."""
+    labels = Path(folder) / "labelResultAll.txt"
+    kind, kept, dropped = read_labels(labels)
+    posts, skipped = [], Counter(dropped.values())
     for post, label in kept.items():
-        if f"{post}.jpg" not in on_disk or f"{post}.txt" not in on_disk:
-            left_out.add("text or image file missing", post)
-            continue
-        text = decode((folder / "data" / f"{post}.txt").read_bytes())
-        posts.append(Post(kind, post, folder / "data" / f"{post}.jpg", text, label))
+        image = Path(folder) / "data" / f"{post}.jpg"
+        text = read_file(image.with_suffix(".txt"))
+        if text is None or not image.is_file():
+            skipped["text or image file missing"] += 1
+        else:
+            posts.append(Post(kind, post, image, decode_text(text), label))
     if not posts:
-        raise DataError(f"none of the posts of {labels} can be used; left out: {left_out}\n  {MVSA_HELP}")
-    return posts, left_out
+        raise UserError(f"{labels} has no post to use; skipped: {describe(skipped)}\n  {MVSA_HELP}")
+    return posts, skipped
 
 
 def stratified_split(labels, seed):
-    """Labels [P] -> indices of train, validation and test, 8:1:1, each with the classes' shares of the whole."""
-    labels = np.asarray(labels)
+    """Labels [P] -> indices of train, validation and test, 8:1:1, each with the whole's shares of classes."""
+    labels, everything = np.asarray(labels), np.arange(len(labels))
     try:
-        train, rest = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=seed, stratify=labels)
+        train, rest = train_test_split(everything, test_size=0.2, random_state=seed, stratify=labels)
         validation, test = train_test_split(rest, test_size=0.5, random_state=seed, stratify=labels[rest])
     except ValueError as error:  # scikit-learn: a class has too few posts to be in every part
-        raise DataError(f"cannot split {len(labels)} posts 8:1:1 by label "
-                        f"({dict(Counter(LABELS[label] for label in labels))}): {error}") from error
+        raise UserError(f"cannot split {len(labels)} posts 8:1:1 by label: {error}") from error
     return train, validation, test
 
 
 def random_split(labels, seed):
-    """Labels [P] -> indices of train, validation and test, 8:1:1, at random: no look at the labels (the authors' way)."""
+    """Labels [P] -> indices of train, validation and test, 8:1:1, at random: the authors' way."""
     order = np.random.default_rng(seed).permutation(len(labels))
     tenth = len(order) // 10
+    if not tenth:
+        raise UserError(f"cannot split {len(order)} posts 8:1:1")
     return order[2 * tenth:], order[:tenth], order[tenth:2 * tenth]
 
 
 def upsample(train, labels, seed):
-    """Indices of training posts -> the same and, of each class, randomly repeated ones until it is as frequent as the
-    most frequent."""
+    """Indices of training posts -> these, and random repeats until all classes are as frequent."""
     rng, classes = np.random.default_rng(seed), np.asarray(labels)[train]
     counts = np.bincount(classes)
-    repeated = [rng.choice(train[classes == label], counts.max() - count) for label, count in enumerate(counts) if count]
+    repeated = [rng.choice(train[classes == label], counts.max() - count)
+                for label, count in enumerate(counts) if count]
     return np.concatenate([train, *repeated])
 
 
-def plain_words(text):
+def normalize_text(text):
     """A text without links, mentions, punctuation and case: what is left when a post is sent again."""
     text = re.sub(r"https?\S+|www\.\S+|\brt\s+@\w+|@\w+", " ", text.lower())
     return " ".join(re.sub(r"[\W_]+", " ", text).split())
 
 
 def duplicate_groups(posts):
-    """Posts -> [P] group numbers: the same for posts whose images are the same bytes, whose texts are the same words (see
-    plain_words; no words are not the same words), or who are linked by a chain of such."""
+    """Posts -> [P] group numbers: one for all that are linked by images of the same bytes or texts of the
+    same words (no words are not the same words)."""
     first, edges = {}, []
     for i, post in enumerate(posts):
-        words = plain_words(post.text)
-        keys = [("image", hashlib.blake2b(post.image.read_bytes()).digest())] + [("text", words)] * bool(words)
+        words = normalize_text(post.text)
+        keys = [("image", digest(read_file(post.image)))] + [("text", words)] * bool(words)
         edges += [(i, first.setdefault(key, i)) for key in keys]
     edges = np.array(edges)
     graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(posts), len(posts)))
@@ -672,66 +606,65 @@ def duplicate_groups(posts):
 
 
 def grouped_split(labels, groups, seed):
-    """Labels and group numbers [P] -> indices of train, validation and test, 8:1:1 as nearly as whole groups and equal
-    shares of the classes allow."""
+    """Labels and groups [P] -> train, validation and test, nearly 8:1:1 and stratified, in whole groups."""
     try:
         folds = StratifiedGroupKFold(10, shuffle=True, random_state=seed).split(labels, labels, groups)
         test, validation, *train = [test for _, test in folds]
     except ValueError as error:
-        raise DataError(f"cannot split {len(labels)} posts by group: {error}") from error
+        raise UserError(f"cannot split {len(labels)} posts by group: {error}") from error
     return np.concatenate(train), validation, test
 
 
-def published_split(folder, posts):
-    """Indices into `posts` of train, validation and test by CLMLF's train.json, dev.json and test.json, and a Counter of
-    what did not match. `posts` are of one set. The files may lie in `folder` itself or in a folder below it whose path
-    tells the set ("single" or "multi"), as in CLMLF's own repository. Raises DataError if they do not fit.
-    """
+def clmlf_split(folder, posts):
+    """CLMLF's train.json, dev.json and test.json for `posts` of one set -> (indices of each, Counter of what
+    did not match), or UserError. They lie in `folder`, or below it where the path names the set ("single" or
+    "multi"), as in CLMLF's repository."""
     folder, kind = Path(folder), posts[0].set
     homes = [path.parent for path in sorted(folder.rglob("train.json"))]
     named = [home for home in homes if kind in str(home.relative_to(folder.parent)).lower()]
     homes = named or [home for home in homes if home == folder]
     if len(homes) != 1:
-        raise DataError(f"--split {folder}: looked for one train.json of MVSA-{kind}, in it or in a folder below with "
+        raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind} there or below, with "
                         f"'{kind}' in its path; found {len(homes)}: {', '.join(map(str, homes))}")
-    index, notes, parts, seen = {post.id: i for i, post in enumerate(posts)}, Counter(), [], set()
-    for name in ("train.json", "dev.json", "test.json"):
+    index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
+    for path in (homes[0] / name for name in ("train.json", "dev.json", "test.json")):
         try:
-            entries = json.loads((homes[0] / name).read_text(encoding="utf-8"))
+            entries = json.loads(path.read_text(encoding="utf-8"))
             listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{homes[0] / name} is not a list of id, text, emotion_label: {error!r}") from error
+            raise UserError(f"{path} is no list of id, text, emotion_label: {error!r}") from error
         here = [(index[post], label) for post, label in listed if post in index]
         notes["listed, but not among the posts"] += len(listed) - len(here)
         notes["labelled otherwise there"] += sum(posts[i].label != label for i, label in here)
-        notes["listed twice"] += sum(i in seen for i, _ in here)
-        seen.update(i for i, _ in here)
         parts.append(np.array([i for i, _ in here], dtype=int))
-    notes["not listed, so not used"] = len(posts) - len(seen)
-    if notes["listed twice"] or min(map(len, parts)) == 0 or notes["labelled otherwise there"] * 20 > len(seen):
-        raise DataError(f"--split {homes[0]} is not a split of MVSA-{kind}: {dict(notes)}, "
-                        f"sizes {[len(part) for part in parts]}")
+    sizes = [len(part) for part in parts]
+    used = len(np.unique(np.concatenate(parts)))
+    notes["listed twice"] = sum(sizes) - used
+    notes["not listed, so not used"] = len(posts) - used
+    if notes["labelled otherwise there"] * 20 > used or notes["listed twice"] or min(sizes) == 0:
+        raise UserError(f"--split {homes[0]} is not a split of MVSA-{kind}: {dict(notes)}, sizes {sizes}")
     return parts, notes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The toy world
 #
-# A picture is four things on a grey ground, two above two; a thing is a texture: one of 3 colours in one of 3 patterns,
-# all equally likely at each place, so what a masked thing is cannot be known from the rest of the picture. The caption
-# names the four in reading order, each colour by one of 12 words: what the words mean is seen only beside pictures.
-# Colours have moods. A post's picture has the mood of most of its things; its text, which speaks of other things than the
-# picture shows, has the mood of the thing it names first. MVSA's rules make the label of both, so it needs both.
+# A picture is four things on grey, two above two; a thing is one of 3 colours in one of 3 patterns, all
+# equally likely: the rest of the picture does not tell a masked one. The caption names the four in reading
+# order, each colour by one of 12 words: what the words mean is seen only beside pictures. Colours have moods:
+# a post's picture has that of most of its things; its text, which speaks of other things, that of the thing
+# it names first. MVSA's rules make the label of both, so it needs both.
 
 COLOURS = (  # in the order of LABELS: the moods
     ((60, 200, 60), "green lime olive emerald jade moss fern mint sage pine grass forest".split()),
     ((60, 90, 230), "blue navy azure cobalt sky indigo denim ocean sapphire cerulean ink lapis".split()),
-    ((230, 60, 60), "red crimson scarlet ruby cherry brick rose wine coral cardinal maroon vermilion".split()))
+    ((230, 60, 60), "red crimson scarlet ruby cherry brick rose wine coral cardinal maroon vermilion".split())
+)
 PATTERNS = (("bars", "pillars", "columns"), ("stripes", "bands", "lines"), ("checks", "squares", "tiles"))
 
 
 def toy_image(things, rng):
-    """Four (colour, pattern) pairs -> 48 x 48 RGB image with pixel noise; a thing covers 2 x 2 patches of 8 pixels."""
+    """Things [4, (colour, pattern)] -> 48 x 48 RGB image with pixel noise; each covers 2 x 2 patches of 8."""
     pixels = np.full((48, 48, 3), 128.0)
     y, x = np.mgrid[:16, :16] // 2  # stripes are two pixels wide
     for place, (colour, pattern) in enumerate(things):
@@ -742,30 +675,28 @@ def toy_image(things, rng):
 
 
 def toy_text(things, rng):
-    """Four (colour, pattern) pairs -> "scarlet bars navy tiles ...", each word drawn from its synonyms."""
-    return " ".join(f"{rng.choice(COLOURS[colour][1])} {rng.choice(PATTERNS[pattern])}" for colour, pattern in things)
-
-
-def toy_things(rng):
-    """Four (colour, pattern) pairs, all equally likely."""
-    return [tuple(map(int, rng.integers(3, size=2))) for _ in range(4)]
+    """Things [4, (colour, pattern)] -> "scarlet bars navy tiles ...", each word drawn from its synonyms."""
+    pairs = [(COLOURS[colour][1], PATTERNS[pattern]) for colour, pattern in things]
+    return " ".join(rng.choice(words) for pair in pairs for words in pair)
 
 
 def toy_post(text_mood, image_mood, rng):
-    """Two moods (indices into LABELS) -> (image, text) of a post: in the picture each thing has its mood with probability
-    0.8, else any; in the text the thing named first has it, the others any."""
-    shown = [(image_mood if rng.random() < 0.8 else colour, pattern) for colour, pattern in toy_things(rng)]
-    (_, pattern), *others = toy_things(rng)
-    return toy_image(shown, rng), toy_text([(text_mood, pattern), *others], rng)
+    """Two moods (indices into LABELS) -> (image, text) of a post: most things in the picture and the one that
+    the text names first have them, the others any."""
+    shown = rng.integers(3, size=(4, 2))
+    shown[rng.random(4) < 0.8, 0] = image_mood
+    named = rng.integers(3, size=(4, 2))
+    named[0, 0] = text_mood
+    return toy_image(shown, rng), toy_text(named, rng)
 
 
 def write_toy_coco(root, count, rng):
-    """COCO's layout below `root`, with one broken image and one that is listed but not there."""
-    (root / "train2017").mkdir(parents=True)
-    (root / "annotations").mkdir()
+    """COCO's layout, with one broken image and one that is listed but not there."""
+    for folder in ("train2017", "annotations"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
     images, notes = [], []
     for i in range(count + 2):
-        things = toy_things(rng)
+        things = rng.integers(3, size=(4, 2))
         images.append({"id": i, "file_name": f"{i:012d}.jpg", "width": 48, "height": 48})
         notes += [{"id": 5 * i + k, "image_id": i, "caption": toy_text(things, rng)} for k in range(5)]
         if i < count:
@@ -776,84 +707,85 @@ def write_toy_coco(root, count, rng):
 
 
 def write_toy_mvsa(root, count, voters, rng):
-    """MVSA's layout below `root`: `count` posts to keep, and conflicts, missing majorities (Multi), a broken image and a
-    text that is not UTF-8."""
-    (root / "data").mkdir(parents=True)
-    lines, kept, number = ["\t".join(["ID"] + ["text,image"] * voters)], 0, 0
+    """MVSA's layout: `count` posts to keep; conflicts, missing majorities (Multi), a broken image, GBK."""
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    rows, kept, number = [["ID"] + ["text,image"] * voters], 0, 0
     while kept < count:
         number += 1
-        text, image = (int(mood) for mood in rng.integers(3, size=2))
+        text, image = rng.integers(3, size=2)
         votes = [[text, image] for _ in range(voters)]
         if voters == 3:
-            votes[rng.integers(3)][rng.integers(2)] = int(rng.integers(3))  # one may disagree: the majority stands
-            if number % 25 == 0:
-                votes = [[vote, image] for vote in range(3)]  # three labels for the text, all different
-        kept += bool(combine(LABELS[text], LABELS[image])) and not (voters == 3 and number % 25 == 0)
-        lines.append("\t".join([str(number)] + [f"{LABELS[t]},{LABELS[i]}" for t, i in votes]))
+            votes[rng.integers(3)][rng.integers(2)] = rng.integers(3)  # one may disagree
+        undecided = voters == 3 and number % 25 == 0
+        if undecided:
+            votes = [[vote, image] for vote in range(3)]
+        kept += bool(merge_labels(LABELS[text], LABELS[image]) and not undecided)
+        rows.append([str(number)] + [f"{LABELS[t]},{LABELS[i]}" for t, i in votes])
         picture, words = toy_post(text, image, rng)
-        (root / "data" / f"{number}.txt").write_bytes((words + " #caf\u00e9" * (number == 3)).encode("gb18030"))
+        words += " #caf\u00e9" * (number == 3)
+        (root / "data" / f"{number}.txt").write_bytes(words.encode("gb18030"))
         picture.save(root / "data" / f"{number}.jpg", quality=92)
-    lines.append("\t".join([str(number + 1)] + ["positive,positive"] * voters))
+    rows.append([str(number + 1)] + ["positive,positive"] * voters)
     (root / "data" / f"{number + 1}.txt").write_text("red bars")
     (root / "data" / f"{number + 1}.jpg").write_bytes(b"")
-    (root / "labelResultAll.txt").write_bytes("\r\n".join(lines + [""]).encode())
+    (root / "labelResultAll.txt").write_bytes("".join("\t".join(row) + "\r\n" for row in rows).encode())
 
 
 def write_toy(root, images=1100, posts=1000, seed=0):
-    """Write the toy data: `root`/coco, `root`/mvsa/MVSA_Single (`posts` kept) and MVSA_Multiple (twice as many).
-
-    The same arguments give the same bytes. Does nothing if the data are there from the same arguments.
-    """
-    root, recipe = Path(root), json.dumps({"images": images, "posts": posts, "seed": seed})
-    done = root / "recipe.json"
-    if done.is_file() and done.read_text() == recipe:
-        return
-    if root.exists():
-        raise DataError(f"{root} exists, but not as toy data of {recipe}; remove it or name another folder")
-    make_folder(root.parent, "the folder above")
-    part, rng = root.with_name(root.name + ".part"), np.random.default_rng(seed)
-    shutil.rmtree(part, ignore_errors=True)  # what an earlier call that was cut off has left
-    write_toy_coco(part / "coco", images, rng)
-    write_toy_mvsa(part / "mvsa" / "MVSA_Single", posts, 1, rng)
-    write_toy_mvsa(part / "mvsa" / "MVSA_Multiple", 2 * posts, 3, rng)
-    (part / "recipe.json").write_text(recipe)
-    os.replace(part, root)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+    """Write `root`/coco, `root`/mvsa/MVSA_Single (`posts` kept) and MVSA_Multiple (twice as many), each time
+    the same bytes; complete what was cut off. Raises UserError for a folder that holds anything else."""
+    root, recipe = Path(root), {"images": images, "posts": posts, "seed": seed}
+    cut_off = {**recipe, "cut off": True}
+    ours = [json.dumps(content, indent=1).encode() for content in (recipe, cut_off)]
+    there = {path.name for path in root.glob("*")} - {".lock", "recipe.json.tmp"}  # if cut off at once
+    if there and read_file(root / "recipe.json") not in ours:
+        raise UserError(f"{root} exists, but not as toy data of {recipe}; remove it or name another folder")
+    with locked(root, "the folder", wait=True):
+        if read_file(root / "recipe.json") == ours[0]:
+            return
+        write_json(root / "recipe.json", cut_off)  # from here on the folder is ours
+        rng = np.random.default_rng(seed)
+        write_toy_coco(root / "coco", images, rng)
+        write_toy_mvsa(root / "mvsa" / "MVSA_Single", posts, 1, rng)
+        write_toy_mvsa(root / "mvsa" / "MVSA_Multiple", 2 * posts, 3, rng)
+        write_json(root / "recipe.json", recipe)
 
 
-def main(argv=None):
-    """The two commands of the top of this file. Returns the exit code: 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="write the toy data", formatter_class=parser.formatter_class)
-    toy.add_argument("dir", help="folder to make; gets coco/ and mvsa/")
-    toy.add_argument("--images", type=int, default=1100, help="pictures with captions")
-    toy.add_argument("--posts", type=int, default=1000, help="posts of MVSA-Single that are kept; Multi has twice as many")
-    toy.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    check = commands.add_parser("check", help="say what data are there", formatter_class=parser.formatter_class)
-    check.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
-    check.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
-    return exit_code(lambda: run(parser.parse_args(argv)), DataError, "--images or --posts")
+# ------------------------------------------------------------------------------------------------------------
 
 
-def run(args):
-    """The command of the parsed arguments -> exit code 0. Raises DataError for what the user can mend."""
+def main(args):
+    """The command of the parsed arguments -> exit code 0. Raises UserError for what the user can mend."""
     if args.command == "toy":
         write_toy(args.dir, args.images, args.posts, args.seed)
         return 0
     missing = []
-    for find, root in ((coco_paths, args.coco), (find_mvsa, args.mvsa)):
+    for find, root in ((find_coco, args.coco), (find_mvsa, args.mvsa)):
         try:
             find(root)
-        except DataError as error:
+        except UserError as error:
             missing.append(str(error))
     if missing:
-        raise DataError("\n".join(missing))
+        raise UserError("\n".join(missing))
     return 0
 
 
+def run(argv=None):
+    """The two commands of the top of this file -> exit code, see run_command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help="write the toy data",
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    toy.add_argument("dir", help="folder to make; gets coco/ and mvsa/")
+    toy.add_argument("--images", **number(int, 1), default=1100, help="pictures with captions")
+    toy.add_argument("--posts", **number(int, 1), default=1000, help="posts of Single; Multi twice that")
+    toy.add_argument("--seed", **number(int, 0), default=0, help="the same seed gives the same bytes")
+    check = commands.add_parser("check", help="look for the data")
+    check.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
+    check.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
+    args = parser.parse_args(argv)
+    return run_command(lambda: main(args), "--images or --posts")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
