@@ -3,7 +3,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -27,7 +26,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -1597,7 +1595,6 @@ def test_options_that_do_not_fit_get_a_sentence(pretrained, tmp_path, monkeypatc
 # finetune_mvsa.py, and the commands
 
 
-PROJECT = Path(model.__file__).parent
 MVSA_CACHE = tempfile.mkdtemp()
 PRETRAINED, ROWS = finetune_mvsa.PRETRAINED, sum(finetune_mvsa.ROWS.values(), ())
 
@@ -1878,7 +1875,7 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
 
 
 def test_the_readmes_block_for_a_model_of_ones_own_runs(pretrained):
-    block, = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    block, = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     assert len(block.splitlines()) <= 10 and "encode(" in block
     names = {}
     exec(block.replace("out/toy/checkpoint.pt", str(pretrained.checkpoint)), names)
@@ -1889,7 +1886,7 @@ def test_the_readmes_block_for_a_model_of_ones_own_runs(pretrained):
 def test_make_says_what_it_would_run_and_does_not_do_again_what_is_done(tmp_path):
     def make(*words):
         env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of make test
-        return subprocess.run(["make", *words], cwd=PROJECT, env=env, capture_output=True, text=True)
+        return subprocess.run(["make", *words], cwd=HERE, env=env, capture_output=True, text=True)
 
     listed = {line.split()[1] for line in make().stdout.splitlines()}
     assert listed == {"help", "reproduce", "ablate", "bench", "test", "coco", "clean"}
@@ -1948,5 +1945,5 @@ def test_bad_input_gets_a_sentence_and_exit_code_2(command, content, toy, pretra
 
 
 def test_a_script_says_what_is_missing_in_a_process_of_its_own(tmp_path):
-    done = subprocess_run(PROJECT / "finetune_mvsa.py", "--mvsa", "/nowhere", cwd=tmp_path)
+    done = subprocess_run(HERE / "finetune_mvsa.py", "--mvsa", "/nowhere", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: MVSA not found: looked for /nowhere")
