@@ -18,6 +18,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -152,6 +153,27 @@ def write_json(path, content):
         file.write(json.dumps(content, indent=1, allow_nan=False).encode())
 
 
+def read_seconds(out):
+    """{stage: seconds} that `stage` has added up in OUT/seconds.json; empty if that is not there or none."""
+    try:
+        seconds = json.loads((Path(out) / "seconds.json").read_text())
+        return {name: float(value) for name, value in seconds.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+@contextmanager
+def stage(out, name, anew=False, write=True):
+    """Add the seconds that the block takes, however it ends, to OUT/seconds.json; `anew` empties it first."""
+    seconds, start = {} if anew else read_seconds(out), time.time()
+    try:
+        yield
+    finally:
+        seconds[name] = round(seconds.get(name, 0) + time.time() - start, 3)
+        if write:
+            write_json(Path(out) / "seconds.json", seconds)
+
+
 def digest(*contents):
     """A hash of bytes and of what JSON can hold, as 32 hexadecimal digits."""
     found = hashlib.blake2b(digest_size=16)
@@ -280,10 +302,12 @@ def load_coco(root, limit=0):
 
 
 def hold_out(cache, count):
-    """Indices of the readable images to train on and of the `count` to measure on: those whose hashed file
-    names come first, so that an image that is lost moves no other."""
-    if count >= len(cache.readable):
-        raise UserError(f"--held_out {count} leaves nothing of {len(cache.readable)} readable images")
+    """Indices of the readable images to train on and of the `count` to measure on (0: 100, or a tenth if that
+    is less): those whose hashed file names come first, so that an image that is lost moves no other."""
+    readable = len(cache.readable)
+    count = count or min(100, max(2, readable // 10))
+    if not 1 < count < readable:
+        raise UserError(f"--held_out {count} of {readable} readable images: at least 2, and fewer than all")
     order = sorted(cache.readable, key=lambda i: digest(cache.items[i][0].name))
     return np.sort(order[count:]), np.sort(order[:count])
 
@@ -592,14 +616,24 @@ def normalize_text(text):
     return " ".join(re.sub(r"[\W_]+", " ", text).split())
 
 
+def post_keys(post):
+    """What makes two posts repeats: the bytes of the image, and the words if there are any."""
+    words = normalize_text(post.text)
+    return [("image", digest(read_file(post.image)))] + [("words", words)] * bool(words)
+
+
+def repeats(posts, train, part):
+    """[(what, index)] of the posts of `part` that have the image or the words of a post of `train`."""
+    seen = {key for i in train for key in post_keys(posts[i])}
+    return [(key[0], i) for i in part for key in post_keys(posts[i]) if key in seen]
+
+
 def duplicate_groups(posts):
     """Posts -> [P] group numbers: one for all that are linked by images of the same bytes or texts of the
-    same words (no words are not the same words)."""
+    same words."""
     first, edges = {}, []
     for i, post in enumerate(posts):
-        words = normalize_text(post.text)
-        keys = [("image", digest(read_file(post.image)))] + [("text", words)] * bool(words)
-        edges += [(i, first.setdefault(key, i)) for key in keys]
+        edges += [(i, first.setdefault(key, i)) for key in post_keys(post)]
     edges = np.array(edges)
     graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(posts), len(posts)))
     return connected_components(graph, directed=False)[1]

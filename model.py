@@ -63,7 +63,6 @@ class Config:
     image_weights: str = ""  # a weight file for image_encoder; empty: timm's pretrained weights
     loss: str = "mse"  # or "smooth_l1"
     target: str = "ema"  # predict X~'s tokens (the paper), or "image": f_I's
-    vicreg: float = 0.0  # weight of the variance-covariance term on X's output
     vocabulary: list = field(default_factory=list)  # the words that the "toy" text encoder knows
 
     def __post_init__(self):
@@ -82,10 +81,9 @@ JEPA_14, JEPA_16 = "vit_huge_patch14_gap_224.in1k_ijepa", "vit_huge_patch16_gap_
 GTE = "alibaba-nlp-community/gte-{}-en-v1.5"
 MINI_LM = "sentence-transformers/all-MiniLM-L6-v2"
 PRESETS = {
-    # The two small ones predict f_I's tokens, as the README's measurements favour; the paper's three keep its
-    # recipe. All predictors have heads of width 32, as I-JEPA's.
-    "toy": Config("toy", "toy", 96, 2, 4, 2, 64, 2, target="image"),
-    "tiny": Config("vit_tiny_patch16_224", MINI_LM, 192, 2, 4, 4, 96, 3, target="image"),
+    # All predictors have heads of width 32, as I-JEPA's.
+    "toy": Config("toy", "toy", 96, 2, 4, 2, 64, 2),
+    "tiny": Config("vit_tiny_patch16_224", MINI_LM, 192, 2, 4, 4, 96, 3),
     "small": Config(JEPA_14, GTE.format("base"), 768, 4, 8),
     "medium": Config(JEPA_14, GTE.format("base"), 768, 6, 12),
     "large": Config(JEPA_16, GTE.format("large"), 1024, 8, 16),
@@ -371,6 +369,15 @@ class Masks(NamedTuple):
         """The masks of images start .. stop - 1 of the batch."""
         return Masks(*(index[start:stop] for index in self))
 
+    def expand(self, batch):
+        """The masks of one image, for so many."""
+        return Masks(*(index.expand(batch, *index.shape[1:]) for index in self))
+
+
+def generator_of(*numbers):
+    """A random generator seeded by all of these numbers >= 0: torch's own seed takes only 32 bits."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
 
 def gather(tokens, index):
     """tokens [B, N, D], index [B, K] -> [B, K, D]"""
@@ -390,8 +397,7 @@ def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), t
                         "take an --image_encoder with more patches")
     N = rows * columns
     row, column = torch.arange(N) // columns, torch.arange(N) % columns  # [N] each
-    # Not manual_seed(seed * 2 ** 32 + step): torch's generator takes only the low 32 bits.
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+    generator = generator_of(seed, step)
 
     def draw(count, height, width):
         """Which patches lie in `count` blocks, placed anywhere in each image: [B, count, N] bool"""
@@ -437,9 +443,23 @@ def vicreg_term(context):
     return variance + off_diagonal.square().sum() / z.shape[1] / 25
 
 
+def sigreg_term(context, seed, step, directions=256, knots=17):
+    """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far its
+    projections on random unit directions, others at each step, are from a standard normal. That is Epps and
+    Pulley's statistic: B times the integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) over all t, phi being
+    the empirical characteristic function; trapezoids on [0, 3], twice, as the integrand is even."""
+    z = context.float().mean(1)  # [B, D]
+    a = F.normalize(torch.randn(z.shape[1], directions, generator=generator_of(seed, step)), dim=0)
+    t = torch.linspace(0, 3, knots, device=z.device)
+    angles = (z @ a.to(z.device))[:, :, None] * t  # [B, directions, knots]
+    normal = torch.exp(-t.square() / 2)
+    distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()  # [directions, knots]
+    return 2 * len(z) * torch.trapezoid(distance * normal, t).mean()
+
+
 def sample_std(tokens):
     """tokens [B, ..., D] -> []: mean std over the B samples; 0 if only the position decides: collapse."""
-    return tokens.float().std(dim=0, correction=0).mean()
+    return tokens.float().std(dim=0).mean()
 
 
 def effective_rank(features):
@@ -455,11 +475,12 @@ def effective_rank(features):
 
 
 class Output(NamedTuple):
-    """One forward pass. D is X~'s width, or f_I's with `target="image"`."""
-    loss: torch.Tensor  # []: mean energy of the batch, plus the variance-covariance term if there is one
-    energy: torch.Tensor  # [B]
+    """One forward pass. D is X~'s width, or f_I's with `target="image"`; X's output is of X's width."""
+    energy: torch.Tensor  # [B]: of each pair; the loss is its mean
+    patch_energy: torch.Tensor  # [B, M, P]: of each hidden patch
     target: torch.Tensor  # [B, M, P, D]: the normalised targets of the hidden patches
     prediction: torch.Tensor  # [B, M, P, D]
+    context: torch.Tensor  # [B, C, D]: X's output
 
 
 class TIJEPA(nn.Module):
@@ -523,7 +544,9 @@ class TIJEPA(nn.Module):
         return states.to(self.dtype), mask
 
     def frozen(self, images, texts):
-        """images, B strings -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L]"""
+        """images [B, 3, H, W], B strings -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L]"""
+        if not isinstance(texts, str) and len(images) != len(texts):
+            raise UserError(f"each picture takes a text: {len(images)} pictures, {len(texts)} texts")
         return self.frozen_image(images), *self.frozen_text(texts)
 
     def forward(self, s_image, s_text, text_mask, masks):
@@ -532,11 +555,8 @@ class TIJEPA(nn.Module):
             context = self.context_encoder(gather(s_image, masks.context), s_text, text_mask)  # X: [B, C, D]
             target = self.target(s_image, s_text, text_mask, masks)  # X~: [B, M, P, D]
             prediction = self.predictor(context, masks)  # g: [B, M, P, D]
-        energy = self.energy(prediction, target)  # [B]
-        loss = energy.mean()
-        if self.config.vicreg:
-            loss = loss + self.config.vicreg * vicreg_term(context)
-        return Output(loss, energy, target, prediction)
+        patch_energy = self.patch_energy(prediction, target)  # [B, M, P]
+        return Output(patch_energy.mean((1, 2)), patch_energy, target, prediction, context)
 
     @torch.no_grad()
     def target(self, s_image, s_text, text_mask, masks):
@@ -548,16 +568,25 @@ class TIJEPA(nn.Module):
         tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])  # [B, M * P, D]
         return tokens.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
 
-    def energy(self, prediction, target):
-        """Two tensors [B, M, P, D] -> [B]: the mean squared (or smooth L1) error, in float32."""
-        error = LOSSES[self.config.loss](prediction.float(), target.float(), reduction="none")  # [B, M, P, D]
-        return error.mean(dim=(1, 2, 3))
+    def patch_energy(self, prediction, target):
+        """Two tensors [B, M, P, D] -> [B, M, P]: the mean squared (or smooth L1) error, in float32."""
+        return LOSSES[self.config.loss](prediction.float(), target.float(), reduction="none").mean(-1)
+
+    @torch.no_grad()
+    def measure(self, s_image, s_text, text_mask, draw=0):
+        """`forward` with the same masks, the draw of that number, for all pairs: only then do their energies,
+        or a std over them, compare like with like."""
+        masks = sample_masks(self.grid, 1, seed=draw).to(self.device)
+        return self(s_image, s_text, text_mask, masks.expand(len(s_image)))
+
+    def score(self, images, texts, draws=8):
+        """images [B, 3, H, W], B strings -> [B]: the energy of each pair, the mean over so many masks."""
+        features = self.frozen(images, texts)
+        return torch.stack([self.measure(*features, draw).energy for draw in range(draws)]).mean(0)
 
     def encode(self, images, texts):
         """images [B, 3, H, W], B strings -> X~'s fused tokens [B, N, D] and their mean [B, D]."""
         s_image, s_text, text_mask = self.frozen(images, texts)
-        if len(s_image) != len(s_text):
-            raise UserError(f"encode takes a text for each picture, not {len(s_text)} for {len(s_image)}")
         with self.autocast():
             tokens = self.target_encoder(s_image, s_text, text_mask).float()
         return tokens, tokens.mean(1)
@@ -606,8 +635,8 @@ class TIJEPA(nn.Module):
 
 
 TRAINED = ("context_encoder", "target_encoder", "predictor")
-CHECKPOINT_KEYS = {"config", "encoders", "identity", "held_out", "skipped", "step", "model", "optimizer",
-                   "scaler", "running", "log"}
+CHECKPOINT_KEYS = {"config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
+                   "model", "optimizer", "scaler", "running", "log"}
 
 
 def read_checkpoint(path):

@@ -2,7 +2,7 @@
 
     python pretrain.py --preset toy --coco data/toy/coco --out out/toy --resume
     torchrun --nproc_per_node=4 pretrain.py --preset small --coco /data/coco --out out/small --resume
-    python pretrain.py --eval out/toy/checkpoint.pt --coco data/toy/coco
+    python pretrain.py --eval out/toy/checkpoint.pt
     python pretrain.py --eval out/toy/checkpoint.pt --image a.jpg --captions "red bars ..." "navy tiles ..."
 
 The first writes OUT/checkpoint.pt (all that --resume needs to end as a run without the break) and its log,
@@ -11,6 +11,7 @@ OUT/log.jsonl: a line of numbers each --log_every steps, printed as they come. O
     step, epoch        optimiser steps and passes over the images done
     loss               mean of the loss since the last line; no evidence: it also falls in a collapse
     lr, wd, momentum   learning rate, weight decay and EMA momentum of this step
+    start_share        share of its random start that is still in X~: the product of all momenta so far
     grad_norm          norm of all gradients of this step before clipping; null if it is not finite
     skipped_steps      steps so far that the GradScaler skipped, as their gradients overflowed float16
     images_per_s       images trained on per second since the last line
@@ -21,13 +22,16 @@ and of the held-out images, with the same masks each time (these are the evidenc
     energy_matched     mean energy of the images with their own captions
     energy_mismatched  the same with the caption of another image; the gap is what the caption brings
     pair_accuracy      share of images whose own caption has the lower energy of the two: 0.5 is chance
+    energy_position    the energy of predicting the images' mean target at each position: an energy as high
+                       means that neither the visible patches nor the caption is of use
     target_std         std of the targets over images, at each patch and dimension, averaged: at most about 1;
-                       0 is collapse. An energy of target_std squared is that of predicting the mean target
+                       0 is collapse
     prediction_std     the same of the predictions
     target_rank        effective rank of the images' mean targets: near 1 is dimensional collapse
 
 With --target image the targets are fixed: there a collapse shows in prediction_std and in the gap. --eval
-writes eval.json beside the checkpoint: every held-out image with every held-out caption, over several masks:
+writes energies.png, masks.png, maps.png (which patches the caption decides) and, from every held-out image
+with every held-out caption over several masks, eval.json:
 
     auc                chance that an image's own caption has a lower energy than another's, over all of them
     auc_pooled         the same across images: a matched pair against a mismatched one
@@ -40,6 +44,7 @@ import os
 import resource
 import signal
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -63,8 +68,9 @@ from model import UserError
 # Training defaults of the presets; the paper's three follow the authors' script (batches of 10 x 60)
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, workers=8, log_every=10)
 PRESETS = {
-    "toy": dict(epochs=20, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=50),
-    "tiny": dict(epochs=5, batch_size=16, accumulate=1, max_images=0, workers=2, log_every=56),
+    # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images)
+    "toy": dict(epochs=75, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=155),
+    "tiny": dict(epochs=30, batch_size=16, accumulate=1, max_images=0, workers=2, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
 # Options that --resume may find changed: they change at most rounding, or their contents are compared
@@ -82,19 +88,23 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, config, number = parser.add_argument, model.PRESETS[preset], data.number
     add("--preset", choices=PRESETS, default="toy", help="architecture and training defaults")
-    add("--coco", default="data/coco", help="folder with train2017/ and annotations/captions_train2017.json")
-    add("--out", default=f"out/{preset}", help="folder for checkpoint.pt and log.jsonl")
+    add("--coco", default="", help="folder with train2017/ and annotations/captions_train2017.json (empty: "
+        "data/coco; with --eval as in training)")
+    add("--out", default="", help=f"folder for what is written (empty: out/{preset}; with --eval the "
+        "checkpoint's)")
     add("--image_encoder", default=config.image_encoder, help="timm name of f_I")
     add("--image_weights", default="", help="weight file of f_I (empty: timm's; with --eval as in training)")
     add("--text_encoder", default="", help="Hugging Face name or local folder of f_T (empty: "
         f"{config.text_encoder}; with --eval as in training)")
     add("--loss", choices=("mse", "smooth_l1"), default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens or f_I's")
-    add("--vicreg", **number(float, 0), default=config.vicreg, help="weight of VICReg's term on X")
+    add("--vicreg", **number(float, 0), default=0.0, help="weight of VICReg's term on X's output")
+    add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
     add("--shuffle_captions", action="store_true", help="control: train with other images' captions")
     add("--epochs", **number(int, 1), help="passes over the images")
     add("--max_images", **number(int, 0), help="use the first so many images (0: all)")
-    add("--held_out", **number(int, 2), default=100, help="images that are not trained on but measured on")
+    add("--held_out", **number(int, 0), default=0, help="images that are not trained on but measured on (0: "
+        "100, or a tenth if that is less)")
     add("--batch_size", **number(int, 1), help="images per optimiser step")
     add("--accumulate", **number(int, 1), help="micro-batches that a process splits its share of a batch "
         "into: same result, less memory")
@@ -126,6 +136,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.captions) or args.image and not args.eval:
         parser.error("--image and --captions go together, and with --eval")
+    args.out = args.out or (str(Path(args.eval).parent) if args.eval else f"out/{preset}")
     return args
 
 
@@ -150,6 +161,12 @@ def warmup_cosine(step, total, warmup, start, peak, final):
     return cosine(step - warmup, total - warmup, peak, final)
 
 
+def start_share(done, total, start, final):
+    """The share of its random start that is left in X~ after `done` steps: the product of their momenta. At
+    the end of a rise from `start` to 1 it is about exp(-(1 - start) * total / 2)."""
+    return math.prod(linear(step, total, start, final) for step in range(done))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What the loop needs
 
@@ -165,7 +182,7 @@ def make_config(args, items):
         return str(Path(path).resolve()) if path not in ("", "toy") and Path(path).exists() else path
     return replace(model.PRESETS[args.preset], image_encoder=args.image_encoder, loss=args.loss,
                    image_weights=absolute(args.image_weights), text_encoder=absolute(text_encoder),
-                   target=args.target, vicreg=args.vicreg, vocabulary=sorted(words))
+                   target=args.target, vocabulary=sorted(words))
 
 
 def write_log(path, log):
@@ -269,16 +286,18 @@ def main(args):
     if rest:
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
                         f"({args.accumulate} x {world})")
-    if args.vicreg and micro < args.batch_size:
-        raise UserError("--vicreg needs the whole batch at once: one process and --accumulate 1")
+    if (args.vicreg or args.sigreg) and micro < args.batch_size:
+        raise UserError("--vicreg and --sigreg need the whole batch: one process and --accumulate 1")
     starts = [(rank * args.accumulate + k) * micro for k in range(args.accumulate)]  # in each batch
 
     # -- data: the features of every readable picture and caption, from the cache
-    items, skipped = data.load_coco(args.coco, args.max_images)  # what is missing is said before any download
+    path, coco = Path(args.out) / "checkpoint.pt", args.coco or "data/coco"
+    items, skipped = data.load_coco(coco, args.max_images)  # what is missing is said before any download
     torch.manual_seed(args.seed)
     net = model.TIJEPA(make_config(args, items)).to(device)
     net.precision = args.dtype
-    cache = data.FeatureCache(args.cache, items, net, args.workers)
+    with data.stage(args.out, "encode the pairs", not (args.resume and path.exists()), rank == 0):
+        cache = data.FeatureCache(args.cache, items, net, args.workers)
     train_images, held_out = data.hold_out(cache, args.held_out)
     skipped["unreadable image"] = len(cache.unreadable)
     steps_per_epoch = len(train_images) // args.batch_size  # what is left of an epoch fills no batch
@@ -304,10 +323,9 @@ def main(args):
     ddp = torch.compile(net, dynamic=True) if args.compile else net  # masks and captions differ in length
     ddp = DistributedDataParallel(ddp, broadcast_buffers=False) if world > 1 else ddp
     constant = {"config": asdict(net.config), "encoders": cache.encoders, "skipped": dict(+skipped),
-                "identity": run_identity(args, net, items, cache),
+                "identity": run_identity(args, net, items, cache), "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
-    path = Path(args.out) / "checkpoint.pt"
-    print(f"pretrain: preset {args.preset}, {len(train_images)} images of {args.coco} to train on, "
+    print(f"pretrain: preset {args.preset}, {len(train_images)} images of {coco} to train on, "
           f"{len(held_out)} held out (skipped: {data.describe(skipped)}), {device}, {net.dtype}, "
           f"{world} process{'es' * (world > 1)}, {sum(p.numel() for p in trained):,} trained weights")
     held_features = next(cache.batches([(held_out, cache.first[held_out])]))  # each with its first caption
@@ -329,12 +347,15 @@ def main(args):
         total = all_reduce(running, world)
         if rank == 0:
             with data.atomic_write(path) as file:
-                torch.save({**constant, "step": step, "running": total, "log": log,
-                            "model": net.trained_state(), "optimizer": optimizer.state_dict(),
-                            "scaler": scaler.state_dict()}, file)
+                torch.save({**constant, "step": step, "start_share": left_of_start(step), "running": total,
+                            "log": log, "model": net.trained_state(), "scaler": scaler.state_dict(),
+                            "optimizer": optimizer.state_dict()}, file)
             write_log(path, log)
 
-    with catch_signals() as signals:
+    def left_of_start(done):
+        return start_share(done, steps, args.momentum, args.final_momentum)
+
+    with catch_signals() as signals, data.stage(args.out, "pretrain", write=rank == 0):
         batches = cache.batches(draws(first_step))
         epoch, clock, clock_step, waited = first_step // steps_per_epoch, time.time(), first_step, 0.0
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
@@ -361,7 +382,12 @@ def main(args):
                 waited += time.time() - before
                 ddp.require_backward_grad_sync = start == starts[-1]  # DDP averages gradients once a step
                 out = ddp(s_image, s_text, text_mask, masks.slice(start, start + micro))
-                loss = out.loss / args.accumulate
+                loss = out.energy.mean()
+                if args.vicreg:
+                    loss = loss + args.vicreg * model.vicreg_term(out.context)
+                if args.sigreg:
+                    loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
+                loss = loss / args.accumulate
                 scaler.scale(loss).backward()
                 running[0] += loss.detach() / world
 
@@ -384,7 +410,8 @@ def main(args):
                 metrics = held_out_metrics(net, held_features)
                 check_finite(done, loss, metrics["energy_matched"])
                 line = dict(step=done, epoch=done / steps_per_epoch, loss=loss, lr=lr, wd=wd,
-                            momentum=momentum, grad_norm=grad_norm.item(), skipped_steps=round(overflows),
+                            momentum=momentum, start_share=left_of_start(done),
+                            grad_norm=grad_norm.item(), skipped_steps=round(overflows),
                             images_per_s=(done - clock_step) * args.batch_size / seconds,
                             data_wait=waited / seconds, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
@@ -397,21 +424,14 @@ def main(args):
         plot_curves(log, path.with_name("curves.png"))
     print(f"pretrain: wrote {path} and log.jsonl beside it; read {len(cache.readable)} images, skipped: "
           f"{data.describe(skipped)}")
+    if left_of_start(steps) > 0.05:
+        print(f"warning: {left_of_start(steps):.0%} of X~ is still its random start: its features are worth "
+              "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
     return 0
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Does the energy mean anything? Held-out pairs, matched and mismatched
-
-
-@torch.no_grad()
-def compare(net, features, captions, masks):
-    """Each image of `features` (s_image [I, N, D_I], s_text [T, L, D_T], text_mask [T, L]) with the caption
-    of that index: captions [I], masks of one image -> Output."""
-    s_image, s_text, text_mask = features
-    I = len(s_image)
-    same = model.Masks(masks.context.expand(I, -1), masks.target.expand(I, -1, -1)).to(net.device)
-    return net(s_image, s_text[captions], text_mask[captions], same)
 
 
 def wins(own, other):
@@ -420,14 +440,14 @@ def wins(own, other):
 
 
 def held_out_metrics(net, features):
-    """The held-out part of a log line; see the top of this file. Masks are the same for all images, and each
-    time: only then does a std over images compare like with like."""
-    masks = model.sample_masks(net.grid, 1, seed=0)
-    own = torch.arange(len(features[0]), device=net.device)
-    matched = compare(net, features, own, masks)
-    mismatched = compare(net, features, own.roll(1), masks).energy  # X~ reads the other caption, too
+    """The held-out part of a log line; see the top of this file."""
+    s_image, s_text, text_mask = features
+    matched = net.measure(s_image, s_text, text_mask)
+    mismatched = net.measure(s_image, s_text.roll(1, 0), text_mask.roll(1, 0)).energy  # X~ reads it, too
+    mean = matched.target.mean(0, keepdim=True).expand_as(matched.target)
     metrics = dict(energy_matched=matched.energy.mean(), energy_mismatched=mismatched.mean(),
                    pair_accuracy=wins(matched.energy, mismatched).mean(),
+                   energy_position=net.patch_energy(mean, matched.target).mean(),
                    target_std=model.sample_std(matched.target),
                    prediction_std=model.sample_std(matched.prediction),
                    target_rank=model.effective_rank(matched.target.mean((1, 2))))
@@ -436,13 +456,25 @@ def held_out_metrics(net, features):
 
 def energy_matrix(net, features, draws):
     """Energies of every image with every caption [I, T], each the mean over the same `draws` masks."""
-    images, captions = len(features[0]), len(features[1])
-    masks = [model.sample_masks(net.grid, 1, seed=draw) for draw in range(draws)]
+    s_image, s_text, text_mask = features
     columns = []
-    for caption in tqdm(range(captions), desc="energies"):
-        index = torch.full((images,), caption, device=net.device)
-        columns.append(torch.stack([compare(net, features, index, mask).energy for mask in masks]).mean(0))
+    for tokens, mask in zip(tqdm(s_text, desc="energies"), text_mask):
+        pairs = s_image, tokens.expand(len(s_image), -1, -1), mask.expand(len(s_image), -1)
+        columns.append(torch.stack([net.measure(*pairs, draw).energy for draw in range(draws)]).mean(0))
     return torch.stack(columns, dim=1).float().cpu()
+
+
+def energy_maps(net, s_image, s_text, text_mask, least=8):
+    """Features of B pairs -> [B, N]: the energy of each patch, the mean over the masks that hide it: so many
+    that each patch is hidden at least `least` times."""
+    total, count, draw = torch.zeros(s_image.shape[:2]), torch.zeros(s_image.shape[1]), 0
+    while count.min() < least:
+        hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]
+        energies = net.measure(s_image, s_text, text_mask, draw).patch_energy.flatten(1)  # [B, M * P]
+        total.index_add_(1, hidden, energies.float().cpu())
+        count += torch.bincount(hidden, minlength=len(count))
+        draw += 1
+    return total / count
 
 
 def retrieval_metrics(energies):
@@ -457,16 +489,31 @@ def retrieval_metrics(energies):
     return {"images": n, **{name: value.mean().item() for name, value in figures.items()}}
 
 
-def rank_captions(args, net):
-    """--eval with a picture and captions: print their energies, the lowest first."""
+def rank_captions(args, net, log):
+    """--eval with a picture and captions: print their energies, the lowest first, and what they are worth;
+    with several, draw maps.png of the lowest and the highest."""
     try:
-        image = data.read_image(args.image, net.image_encoder.data_config["input_size"][1:])
+        picture = data.read_image(args.image, net.image_encoder.data_config["input_size"][1:])
     except data.NOT_AN_IMAGE as error:
         raise UserError(f"--image {args.image} cannot be read: {error}") from error
-    image = data.image_transform(net.image_encoder.data_config)(image)
-    energies = energy_matrix(net, net.frozen(image[None], args.captions), args.eval_masks)[0].tolist()
-    for energy, caption in sorted(zip(energies, args.captions)):
-        print(f"{energy:.4f}  {caption}")
+    image = data.image_transform(net.image_encoder.data_config)(picture)
+    s_image, s_text, text_mask = net.frozen_image(image[None]), *net.frozen_text(args.captions)
+    energies = energy_matrix(net, (s_image, s_text, text_mask), args.eval_masks)[0]
+    order = energies.argsort()
+    unknown = net.text_encoder.tokenizer.unk_token_id
+    for i in order.tolist():
+        tokens = net.text_encoder.tokenize([args.captions[i]], add_special_tokens=False)["input_ids"][0]
+        note = "  (f_T does not know most of its words)" if 2 * tokens.count(unknown) > len(tokens) else ""
+        print(f"{energies[i]:.4f}  {args.captions[i]}{note}")
+    if log:
+        accuracy = log[-1]["pair_accuracy"]
+        print(f"pair accuracy on the held-out images: {accuracy:.2f}, where 0.5 is chance"
+              + "; these energies mean little" * (accuracy < 0.6))
+    if len(order) > 1:
+        ends = order[[0, -1]]
+        maps = energy_maps(net, s_image.expand(2, -1, -1), s_text[ends], text_mask[ends])
+        titles = [f"{energies[i]:.3f}  {args.captions[i]}" for i in ends.tolist()]
+        plot_maps([picture], net.grid, maps[None], [titles], Path(args.out) / "maps.png")
 
 
 def evaluate(args):
@@ -474,25 +521,33 @@ def evaluate(args):
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
     net = net.to(model.pick_device(args.device))
     net.precision = args.dtype
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
     if args.image:
-        rank_captions(args, net)
+        rank_captions(args, net, checkpoint["log"])
         return 0
-    held_out, found = checkpoint["held_out"], {}
-    items = [item for item in data.load_coco(args.coco)[0] if item[0].name in held_out]
+    held_out, found, coco = checkpoint["held_out"], {}, args.coco or checkpoint["coco"]
+    items = [item for item in data.load_coco(coco)[0] if item[0].name in held_out]
     if items:
         cache = data.FeatureCache(args.cache, items, net, args.workers)
         found = {path.name: contents for (path, _), contents in zip(items, cache.digests)}
     differs = [name for name in held_out if found.get(name) != held_out[name]]
     if differs:
         raise UserError(f"--eval {args.eval}: {len(differs)} of its {len(held_out)} held-out images are not "
-                        f"in {args.coco}, or not what they were in training: {', '.join(differs[:5])}")
+                        f"in {coco}, or not what they were in training: {', '.join(differs[:5])}")
     features = next(cache.batches([(cache.readable, cache.first[cache.readable])]))
-    energies = energy_matrix(net, features, args.eval_masks)
+    with data.stage(args.out, "measure the energies"):
+        energies = energy_matrix(net, features, args.eval_masks)
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
-    folder = Path(args.eval).parent
+    pictures = [data.read_image(items[i][0]) for i in cache.readable[:4]]
+    captions = [items[i][1][0] for i in cache.readable[:4]]
+    s_image, s_text, text_mask = (tensor[:len(pictures)] for tensor in features)
+    maps = [energy_maps(net, s_image, s_text.roll(k, 0), text_mask.roll(k, 0)) for k in (0, 1)]
+    titles = [(captions[i], captions[i - 1]) for i in range(len(pictures))]
+    plot_maps(pictures, net.grid, torch.stack(maps, 1), titles, folder / "maps.png")
     plot_energies(energies, folder / "energies.png")
-    plot_masks(data.read_image(items[0][0]), net.grid, folder / "masks.png")
+    plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
     data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     return 0
@@ -547,7 +602,7 @@ def bench(args, steps=100, seconds=60):
     begin = time.time()
     for step in tqdm(range(steps + 1), desc="bench"):
         masks = model.sample_masks(net.grid, B, args.seed, step).to(device)
-        loss = timed("forward", lambda: forward(s_image, s_text, text_mask, masks).loss)
+        loss = timed("forward", lambda: forward(s_image, s_text, text_mask, masks).energy.mean())
         timed("backward", lambda: scaler.scale(loss).backward())
         timed("optimiser and EMA", update)
         if step < 4:
@@ -556,7 +611,7 @@ def bench(args, steps=100, seconds=60):
             break
     median = {part: np.median(found[1:]) for part, found in times.items()}  # the first warms up
     frozen = gflop(lambda: net.frozen_image(images))
-    trained = gflop(lambda: net(s_image, s_text, text_mask, masks).loss.backward())
+    trained = gflop(lambda: net(s_image, s_text, text_mask, masks).energy.mean().backward())
     whole = (median["forward"] + median["backward"]) * args.accumulate + median["optimiser and EMA"]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if device.type == "cuda":
@@ -611,22 +666,48 @@ def plot_energies(energies, path):
     figure.savefig(path, dpi=100)
 
 
-def plot_masks(image, grid, path):
-    """A PIL image -> the picture, what X sees of it under the first of the masks, and the target blocks."""
-    masks = model.sample_masks(grid, 1, seed=0)
-    figure = Figure((9, 3.2), layout="tight")
-    axes = figure.subplots(1, 3)
-    pixels = np.asarray(image.resize((16 * grid[1], 16 * grid[0]))) / 255
-    shown = np.zeros((3, grid[0] * grid[1]), bool)
-    shown[0], shown[1, masks.context[0]], shown[2, masks.target[0].flatten()] = True, True, True
-    for axis, title, patches in zip(axes, ("image", "context", "target blocks"), shown):
-        shade = 0.15 + 0.85 * patches.reshape(grid).repeat(16, 0).repeat(16, 1)
-        axis.imshow(pixels * shade[:, :, None])
-        axis.set(title=title, xticks=[], yticks=[])
-    for block in masks.target[0].numpy():
-        (top, left), (bottom, right) = divmod(block[0], grid[1]), divmod(block[-1], grid[1])
-        corner, width, height = (16 * left, 16 * top), 16 * (right + 1 - left), 16 * (bottom + 1 - top)
-        axes[2].add_patch(Rectangle(corner, width, height, fill=False, edgecolor="red"))
+def show(axis, pixels, title, **options):
+    """A picture, or a map of its patches, without ticks; the title is cut to two lines."""
+    shown = axis.imshow(pixels, **options)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title("\n".join(textwrap.wrap(title, 32)[:2]), fontsize=8)
+    return shown
+
+
+def plot_masks(pictures, captions, grid, path):
+    """PIL images and their captions -> for each the picture, the patches that X sees, the target blocks."""
+    figure = Figure((8, 2.8 * len(pictures)), layout="constrained")
+    rows = figure.subplots(len(pictures), 3, squeeze=False)
+    for draw, (picture, caption, axes) in enumerate(zip(pictures, captions, rows)):
+        masks = model.sample_masks(grid, 1, seed=draw)
+        pixels = np.asarray(picture.resize((16 * grid[1], 16 * grid[0]))) / 255
+        seen = np.full(grid[0] * grid[1], 0.15)
+        seen[masks.context[0]] = 1
+        seen = seen.reshape(grid).repeat(16, 0).repeat(16, 1)[:, :, None]
+        show(axes[0], pixels, caption)
+        show(axes[1], pixels * seen, "context: what X sees")
+        show(axes[2], pixels, "target blocks: what is predicted")
+        for block, colour in zip(masks.target[0].numpy(), ("red", "gold", "cyan", "magenta")):
+            (top, left), (bottom, right) = divmod(block[0], grid[1]), divmod(block[-1], grid[1])
+            corner, width, height = (16 * left, 16 * top), 16 * (right + 1 - left), 16 * (bottom + 1 - top)
+            axes[2].add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=2))
+    figure.savefig(path, dpi=100)
+
+
+def plot_maps(pictures, grid, maps, titles, path):
+    """R PIL images, maps [R, 2, N] and R pairs of titles -> the energy of each patch with either caption, and
+    by how much that with the second is higher."""
+    figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
+    rows = figure.subplots(len(pictures), 4, squeeze=False)
+    for axes, picture, pair, (first, second) in zip(rows, pictures, maps.unflatten(-1, grid).numpy(), titles):
+        show(axes[0], picture.resize((16 * grid[1], 16 * grid[0])), "picture")
+        for axis, energies, title in zip(axes[1:], pair, (first, second)):
+            figure.colorbar(show(axis, energies, title, vmin=0, vmax=pair.max()), ax=axis, shrink=0.8)
+        gap = pair[1] - pair[0]
+        most = abs(gap).max()
+        shown = show(axes[3], gap, "second minus first", cmap="coolwarm", vmin=-most, vmax=most)
+        figure.colorbar(shown, ax=axes[3], shrink=0.8)
+    figure.suptitle("energy of each patch, given the caption above it")
     figure.savefig(path, dpi=100)
 
 
