@@ -11,7 +11,7 @@ MVSA := data/mvsa
 PRESET := $(if $(and $(wildcard $(COCO)),$(wildcard $(MVSA))),small,toy)
 OUT := out/$(PRESET)
 # Passed on to both scripts: DEVICE=cpu, DTYPE=bfloat16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, CACHE=DIR. To pretrain.py:
-# IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image, GPUS=N processes. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
+# IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image, SEED=N, GPUS=N processes. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
 DEVICE := auto
 DTYPE := auto
 TOY := data/toy
@@ -25,7 +25,7 @@ options_of = $(if $(filter standard,$(1)),$(if $(SPLIT),--split "$(SPLIT)"),--mo
 ENCODERS := $(if $(IMAGE_WEIGHTS),--image_weights "$(IMAGE_WEIGHTS)") $(if $(TEXT_ENCODER),--text_encoder "$(TEXT_ENCODER)")
 BOTH := --device $(DEVICE) --dtype $(DTYPE) --cache "$(CACHE)" $(ENCODERS)
 TRAIN := "$(PY)" $(if $(GPUS),-m torch.distributed.run --nproc_per_node=$(GPUS)) pretrain.py $(BOTH) --resume \
-	$(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TARGET),--target $(TARGET))
+	$(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TARGET),--target $(TARGET)) $(if $(SEED),--seed $(SEED))
 EVAL := "$(PY)" pretrain.py $(BOTH) --eval
 JUDGE := "$(PY)" finetune_mvsa.py $(BOTH)
 
@@ -43,15 +43,17 @@ reproduce: check-preset packages ## pretrain and evaluate, [PRESET=toy|tiny|smal
 		--protocol $(protocol) $(call options_of,$(protocol)) &&) true
 
 # Each variant's options; a run is out/ablate/<variant>-<seed>.
-plain := --target ema
+plain :=
 image := --target image
-vicreg := --target ema --vicreg 1
-no_ema := --target ema --momentum 0 --final_momentum 0
-shuffled := --target ema --shuffle_captions
-VARIANTS := plain image vicreg no_ema shuffled
+vicreg := --vicreg 1
+sigreg := --sigreg 0.05
+no_ema := --momentum 0 --final_momentum 0
+shuffled := --shuffle_captions
+image_shuffled := --target image --shuffle_captions
+VARIANTS := plain image vicreg sigreg no_ema shuffled image_shuffled
 RUNS := $(foreach variant,$(VARIANTS),$(foreach seed,0 1 2,out/ablate/$(variant)-$(seed)/results.json))
 
-ablate: packages ## what collapses and what does not: five variants x 3 seeds on the toy data, one table
+ablate: packages ## what collapses and what does not: seven variants x 3 seeds on the toy data, one table
 	@"$(PY)" data.py toy "$(TOY)"
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 PRESET=toy $(RUNS)
 	@"$(PY)" finetune_mvsa.py --ablate out/ablate
@@ -62,7 +64,7 @@ out/ablate/%/results.json:
 	@mkdir -p $(@D)
 	@$(TRAIN) --coco "$(TOY)/coco" --out $(@D) --seed $(seed_of) $($(variant_of)) > $(@D)/log.txt 2>&1
 	@$(EVAL) $(@D)/checkpoint.pt --coco "$(TOY)/coco" >> $(@D)/log.txt 2>&1
-	@$(JUDGE) --checkpoint $(@D)/checkpoint.pt --mvsa "$(TOY)/mvsa" --out $(@D) --seeds $(seed_of) --mode probe >> $(@D)/log.txt 2>&1
+	@$(JUDGE) --checkpoint $(@D)/checkpoint.pt --mvsa "$(TOY)/mvsa" --out $(@D) --seeds 0 1 2 --mode probe >> $(@D)/log.txt 2>&1
 
 bench: packages ## how fast the preset trains on this machine; needs no data, [PRESET=... DEVICE= DTYPE=]
 	@"$(PY)" pretrain.py --bench --preset $(PRESET) --device $(DEVICE) --dtype $(DTYPE)

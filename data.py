@@ -153,25 +153,12 @@ def write_json(path, content):
         file.write(json.dumps(content, indent=1, allow_nan=False).encode())
 
 
-def read_seconds(out):
-    """{stage: seconds} that `stage` has added up in OUT/seconds.json; empty if that is not there or none."""
-    try:
-        seconds = json.loads((Path(out) / "seconds.json").read_text())
-        return {name: float(value) for name, value in seconds.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return {}
-
-
 @contextmanager
-def stage(out, name, anew=False, write=True):
-    """Add the seconds that the block takes, however it ends, to OUT/seconds.json; `anew` empties it first."""
-    seconds, start = {} if anew else read_seconds(out), time.time()
-    try:
-        yield
-    finally:
-        seconds[name] = round(seconds.get(name, 0) + time.time() - start, 3)
-        if write:
-            write_json(Path(out) / "seconds.json", seconds)
+def timed(seconds, stage):
+    """Add the seconds that the block takes to the Counter `seconds`, under this name."""
+    start = time.time()
+    yield
+    seconds[stage] += time.time() - start
 
 
 def digest(*contents):

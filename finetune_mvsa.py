@@ -21,7 +21,7 @@ import json
 import math
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -275,10 +275,10 @@ def predict(classifier, cache, part):
 
 
 def predict_rows(net, cache, features, y, split, seed, probes, args):
-    """Every row's probabilities for the test posts of one split: ({row: [P, 3]}, {row: choice}). `probes`
-    keeps the fitted ones of a split: without an untrained X~ they are the same for all seeds."""
+    """Every row's probabilities for the test posts of one split: ({row: [P, 3]}, {row: choice}, {stage:
+    seconds}). `probes` keeps the fitted ones of a split: but for the untrained X~ all seeds share them."""
     train, validation, test = split
-    found, choices = {}, {}
+    found, choices, seconds = {}, {}, Counter()
     for row in sum((ROWS[mode] for mode in ROWS if mode in args.mode), ()):
         if row == MAJORITY:
             found[row] = np.eye(len(data.LABELS))[[np.bincount(y[train]).argmax()] * len(test)]
@@ -286,7 +286,7 @@ def predict_rows(net, cache, features, y, split, seed, probes, args):
         start = FINETUNED.get(row, row)
         key = (start, seed) if start == UNTRAINED else start
         if key not in probes:
-            with data.stage(args.out, "probes"):
+            with data.timed(seconds, "probes"):
                 probes[key] = fit_probe(features[key], y, train, validation)
         head, choices[row] = probes[key]
         if start == row:
@@ -294,14 +294,14 @@ def predict_rows(net, cache, features, y, split, seed, probes, args):
             continue
         encoders = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
         encoder = encoders[start] if start in encoders else untrained(net, seed)
-        with data.stage(args.out, "fine-tuning"):
+        with data.timed(seconds, "fine-tuning"):
             classifier, choices[row] = finetune(net, encoder, head, choices[row], cache, y, train, validation,
                                                 args.finetune_epochs, seed)
             found[row] = predict(classifier, cache, test)
-    return found, choices
+    return found, choices, seconds
 
 
-def predictions(net, cache, y, splits, hashes, name, args):
+def predictions(net, cache, y, splits, hashes, name, seconds, args):
     """The predictions of all seeds: ({row: [seeds, P, 3], nan where a post is not tested}, {row: {seed:
     choice}}). Those of a seed are read back from OUT/predictions if all that they depend on is the same."""
     code = [Path(file).read_bytes() for file in (__file__, model.__file__, data.__file__)]
@@ -318,16 +318,18 @@ def predictions(net, cache, y, splits, hashes, name, args):
             valid = False
         if not valid:
             if not features:
-                with data.stage(args.out, "pool the features"):
+                with data.timed(seconds, "pool the features"):
                     features = extract_features(net, cache, splits)
-            found, chosen = predict_rows(net, cache, features, y, split, seed, probes[hashes[seed]], args)
+            found, chosen, took = predict_rows(net, cache, features, y, split, seed, probes[hashes[seed]],
+                                               args)
             found = {row: values.tolist() for row, values in found.items()}
-            kept = {"made_from": made_from, "choices": chosen, "probabilities": found}
+            kept = {"made_from": made_from, "choices": chosen, "probabilities": found, "seconds": took}
             path.parent.mkdir(exist_ok=True)
             data.write_json(path, kept)
         for row, values in kept["probabilities"].items():
             empty = np.full((len(splits), len(y), len(data.LABELS)), np.nan)
             probabilities.setdefault(row, empty)[s, split[2]] = values
+        seconds.update(kept["seconds"])
         for row, choice in kept["choices"].items():
             choices.setdefault(row, {})[seed] = choice
     return probabilities, choices
@@ -369,8 +371,8 @@ def bootstrap(probabilities, other, y, draws=2000):
     return [100 * float(value) for value in (gains.sum() / tested.sum(), low, high)]
 
 
-def judge(net, folders, args):
-    """Folders {set: path} -> ({set: its part of results.json}, rows of predictions.csv)."""
+def judge(net, folders, seconds, args):
+    """Folders {set: path} -> ({set: its part of results.json}, rows of predictions.csv); counts `seconds`."""
     loaded = {kind: data.load_mvsa(folders[kind]) for kind in NAMES if kind in folders}
     pools = {kind: [kind] for kind in loaded}
     if args.protocol == "authors":
@@ -381,7 +383,7 @@ def judge(net, folders, args):
     for name, kinds in pools.items():
         posts = [post for kind in kinds for post in loaded[kind][0]]
         items = [(post.image, [post.text]) for post in posts]
-        with data.stage(args.out, "encode the posts"):
+        with data.timed(seconds, "encode the posts"):
             cache = data.FeatureCache(args.cache, items, net, args.workers)
         for i in cache.unreadable:
             loaded[posts[i].set][1]["unreadable image"] += 1
@@ -396,7 +398,7 @@ def judge(net, folders, args):
                 raise UserError(f"seed {seed} tests no post of {NAMES[kind]}: it has too few")
         hashes = {seed: data.digest([[(posts[i].set, posts[i].id) for i in part] for part in parts])[:16]
                   for seed, parts in splits.items()}
-        probabilities, choices = predictions(net, cache, labels, splits, hashes, name, args)
+        probabilities, choices = predictions(net, cache, labels, splits, hashes, name, seconds, args)
         for kind in kinds:
             mine = np.flatnonzero(sets == kind)
             y = labels[mine]
@@ -409,9 +411,9 @@ def judge(net, folders, args):
                 "differences": {f"{a} minus {b}": bootstrap(rows[a], rows[b], y) for a, b in COMPARED
                                 if a in rows and b in rows}}
             for row, values in rows.items():
-                if repeated:
-                    fresh = score(np.delete(values, repeated, 1), np.delete(y, repeated))
-                    results[kind]["scores"][row][WITHOUT_REPEATS] = fresh["accuracy"]
+                if args.split:
+                    others = score(np.delete(values, repeated, 1), np.delete(y, repeated))
+                    results[kind]["scores"][row][WITHOUT_REPEATS] = others["accuracy"]
                 for s, p in np.argwhere(~np.isnan(values[:, :, 0])):
                     one = values[s, p]
                     lines.append((kind, args.seeds[s], row, posts[mine[p]].id, data.LABELS[y[p]],
@@ -454,7 +456,7 @@ def make_table(results, config, args, start_share):
         notes = "".join(f"; {count} {what}" for what, count in found["split_notes"].items())
         parts.append(f"{name}: {found['posts']} posts, skipped: {data.describe(found['skipped'])}; train, "
                      f"validation, test {found['split_sizes']}{pool}{notes}")
-        columns = list(SCORES) + [WITHOUT_REPEATS] * bool(args.split)
+        columns = [*SCORES, *([WITHOUT_REPEATS] if args.split else [])]
         rows = [(row, *(mean_std(scores[key]) for key in columns)) for row, scores in found["scores"].items()]
         reported = "TI-JEPA-Large, *reported* in the paper, not measured here", *REPORTED[kind]
         parts.append(markdown(("features", *columns), *rows, (*reported, *["–"] * (len(columns) - 2))))
@@ -492,26 +494,37 @@ def code_version():
 
 
 def ablation_table(folder):
-    """The runs of `make ablate` in `folder`/<variant>-<seed> -> Markdown: a row for each variant, in order of
-    age, with mean ± standard deviation over its seeds. Raises UserError if there are none."""
-    runs, baselines = {}, {UNTRAINED: [], CONCAT: []}
+    """The runs of `make ablate` in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation, over the
+    seeds of pretraining, of what it ended with and of accuracies, each a mean over splits that are the same
+    for all runs. Raises UserError if there are none."""
+    measured = "energy_matched", "energy_position", "auc", "target_std", "target_rank"
+    trained, judged = defaultdict(list), defaultdict(list)
     for path in sorted(folder.glob("*-*/results.json"), key=lambda path: path.stat().st_mtime):
-        scores = [found["scores"] for found in json.loads(path.read_text())["sets"].values()]
-        judged = json.loads((path.parent / "eval.json").read_text())
-        last = json.loads((path.parent / "log.jsonl").read_text().splitlines()[-1])
-        probe = {row: [one[row]["accuracy"][0] for one in scores] for row in (PRETRAINED, *baselines)}
-        figures = last["loss"], judged["target_std"], judged["target_rank"], judged["auc"], *probe[PRETRAINED]
-        runs.setdefault(path.parent.name.rsplit("-", 1)[0], []).append(figures)
-        for row, found in baselines.items():
-            found.append(probe[row])
-    if not runs:
+        variant = path.parent.name.rpartition("-")[0]
+        log = (path.parent / "log.jsonl").read_text().splitlines()
+        energies = json.loads((path.parent / "eval.json").read_text())
+        trained[variant].append([json.loads(log[-1])["loss"], *(energies[name] for name in measured)])
+        sets = json.loads(path.read_text())["sets"]
+        judged[variant].append({(row, kind): np.mean(scores["accuracy"]) for kind, found in sets.items()
+                                for row, scores in found["scores"].items()})
+    if not trained:
         raise UserError(f"--ablate {folder}: no <variant>-<seed>/results.json there; run `make ablate`")
-    header = "variant|seeds|loss|target std|effective rank|energy AUC|probe, Single|probe, Multi".split("|")
-    digits = 3, 3, 1, 3, 1, 1
-    rows = [(name, len(found), *map(mean_std, zip(*found), digits)) for name, found in runs.items()]
-    rows += [(f"*{name}*", *[""] * 5, *map(mean_std, zip(*found), digits[4:]))
-             for name, found in baselines.items()]
-    return markdown(header, *rows) + "\n"
+    rows = []
+    for variant, runs in trained.items():
+        cells = [mean_std(values, digits) for values, digits in zip(zip(*runs), (3, 3, 3, 3, 3, 1))]
+        rows.append((variant, len(runs), *cells))
+
+    def accuracies(name, runs, columns):
+        pairs = [(row, kind) for row in columns for kind in sets]
+        return name, *(mean_std([run[pair] for run in runs], 1) if pair in runs[0] else "" for pair in pairs)
+    columns = {"X~": PRETRAINED, "X": ONLINE, "X~ fine-tuned": TUNED}
+    header = "features of", *(f"{name}, {NAMES[kind]}" for name in columns for kind in sets)
+    probes = [accuracies(variant, runs, columns.values()) for variant, runs in judged.items()]
+    last = [judged[variant][-1]]  # what does not depend on pretraining is the same in all runs
+    probes += [accuracies("*untrained*", last, (UNTRAINED, None, TUNED_UNTRAINED)),
+               accuracies("*text + image concatenated*", last, (CONCAT, None, None))]
+    tables = markdown(("variant", "seeds", "loss", *measured), *rows), markdown(header, *probes)
+    return "\n\n".join(tables) + "\n"
 
 
 def main(args):
@@ -529,7 +542,8 @@ def main(args):
     net.to(device).precision = args.dtype
     print(f"finetune_mvsa: {args.checkpoint}, {', '.join(map(str, folders.values()))}, {device}, {net.dtype}")
     with data.locked(args.out, "--out"):
-        results, lines = judge(net, folders, args)
+        seconds = Counter(checkpoint["seconds"])
+        results, lines = judge(net, folders, seconds, args)
         table = make_table(results, net.config, args, checkpoint["start_share"])
         ending = "" if args.protocol == "standard" else f"_{args.protocol}"
         path = Path(args.out) / f"results{ending}.json"
@@ -544,10 +558,9 @@ def main(args):
             "sets": results, "reported": REPORTED, "args": vars(args), "model": vars(net.config),
             "seeds": args.seeds, "code": code_version(), "device": str(device), "dtype": str(net.dtype),
             "versions": {"python": sys.version.split()[0], **versions}, "step": checkpoint["step"],
-            "start_share": checkpoint["start_share"], "seconds": data.read_seconds(args.out)})
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in data.read_seconds(args.out).items())
-    print(f"\n{table}\nfinetune_mvsa: wrote {path.with_suffix('.md')} and the files beside it\n"
-          f"seconds of all stages so far: {seconds}")
+            "start_share": checkpoint["start_share"], "seconds": seconds})
+    print(f"\n{table}\nfinetune_mvsa: wrote {path.with_suffix('.md')} and the files beside it")
+    print("seconds of each stage:", ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()))
     return 0
 
 

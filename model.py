@@ -465,6 +465,8 @@ def sample_std(tokens):
 def effective_rank(features):
     """features [B, D] -> []: exp of the entropy of the normalised singular values of the centred features
     (Roy and Vetterli 2007): 1 if all lie on a line (dimensional collapse), at most min(B - 1, D)."""
+    if not features.isfinite().all():
+        return features.new_tensor(math.nan)  # svdvals would raise
     values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())  # MPS has no such routine
     share = values / values.sum().clamp_min(1e-12)
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
@@ -636,7 +638,7 @@ class TIJEPA(nn.Module):
 
 TRAINED = ("context_encoder", "target_encoder", "predictor")
 CHECKPOINT_KEYS = {"config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
-                   "model", "optimizer", "scaler", "running", "log"}
+                   "seconds", "model", "optimizer", "scaler", "running", "log"}
 
 
 def read_checkpoint(path):

@@ -46,7 +46,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -69,7 +69,7 @@ from model import UserError
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, workers=8, log_every=10)
 PRESETS = {
     # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images)
-    "toy": dict(epochs=75, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=155),
+    "toy": dict(epochs=40, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=124, momentum=0.994),
     "tiny": dict(epochs=30, batch_size=16, accumulate=1, max_images=0, workers=2, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
@@ -249,8 +249,8 @@ def run_identity(args, net, items, cache):
 
 
 def resume(path, identity, net, optimizer, scaler):
-    """Load the state of the run that `path` is of -> (step, running, log). Raises UserError if it is not
-    whole, or of another run, naming what differs."""
+    """Load the state of the run that `path` is of -> (step, running, log, seconds). Raises UserError if it is
+    not whole, or of another run, naming what differs."""
     checkpoint = model.read_checkpoint(path)
     differs = model.differences(checkpoint["identity"], identity)
     if differs:
@@ -263,7 +263,7 @@ def resume(path, identity, net, optimizer, scaler):
             if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
                 raise ValueError("moments of another shape")
         log = [dict(line, step=int(line["step"])) for line in checkpoint["log"]]
-        return int(checkpoint["step"]), checkpoint["running"].reshape(2), log
+        return int(checkpoint["step"]), checkpoint["running"].reshape(2), log, Counter(checkpoint["seconds"])
     except model.NOT_A_CHECKPOINT as error:
         raise UserError(f"--resume: {path} is not a whole checkpoint: {error}; remove it") from error
 
@@ -296,7 +296,8 @@ def main(args):
     torch.manual_seed(args.seed)
     net = model.TIJEPA(make_config(args, items)).to(device)
     net.precision = args.dtype
-    with data.stage(args.out, "encode the pairs", not (args.resume and path.exists()), rank == 0):
+    seconds = Counter()
+    with data.timed(seconds, "encode the pairs"):
         cache = data.FeatureCache(args.cache, items, net, args.workers)
     train_images, held_out = data.hold_out(cache, args.held_out)
     skipped["unreadable image"] = len(cache.unreadable)
@@ -336,7 +337,8 @@ def main(args):
     if path.exists() and not args.resume:
         print(f"pretrain: begins anew and will replace {path}; --resume would continue it")
     elif path.exists():
-        first_step, running, log = resume(path, constant["identity"], net, optimizer, scaler)
+        first_step, running, log, before = resume(path, constant["identity"], net, optimizer, scaler)
+        seconds.update(before)  # adds
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
         if rank == 0:
             write_log(path, log)  # it may have been cut off
@@ -348,6 +350,7 @@ def main(args):
         if rank == 0:
             with data.atomic_write(path) as file:
                 torch.save({**constant, "step": step, "start_share": left_of_start(step), "running": total,
+                            "seconds": {**seconds, "pretrain": seconds["pretrain"] + time.time() - began},
                             "log": log, "model": net.trained_state(), "scaler": scaler.state_dict(),
                             "optimizer": optimizer.state_dict()}, file)
             write_log(path, log)
@@ -355,7 +358,8 @@ def main(args):
     def left_of_start(done):
         return start_share(done, steps, args.momentum, args.final_momentum)
 
-    with catch_signals() as signals, data.stage(args.out, "pretrain", write=rank == 0):
+    began = time.time()
+    with catch_signals() as signals:
         batches = cache.batches(draws(first_step))
         epoch, clock, clock_step, waited = first_step // steps_per_epoch, time.time(), first_step, 0.0
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
@@ -405,15 +409,15 @@ def main(args):
             done = step + 1
             if done % args.log_every == 0 or done == steps:
                 loss, overflows = all_reduce(running, world).tolist()  # waits for the device
-                seconds = time.time() - clock
+                elapsed = time.time() - clock
                 loss /= done - (log[-1]["step"] if log else 0)  # a resumed run may begin between two lines
                 metrics = held_out_metrics(net, held_features)
                 check_finite(done, loss, metrics["energy_matched"])
                 line = dict(step=done, epoch=done / steps_per_epoch, loss=loss, lr=lr, wd=wd,
                             momentum=momentum, start_share=left_of_start(done),
                             grad_norm=grad_norm.item(), skipped_steps=round(overflows),
-                            images_per_s=(done - clock_step) * args.batch_size / seconds,
-                            data_wait=waited / seconds, **metrics)
+                            images_per_s=(done - clock_step) * args.batch_size / elapsed,
+                            data_wait=waited / elapsed, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
                 running[0], clock, clock_step, waited = 0, time.time(), done, 0.0
@@ -536,8 +540,7 @@ def evaluate(args):
         raise UserError(f"--eval {args.eval}: {len(differs)} of its {len(held_out)} held-out images are not "
                         f"in {coco}, or not what they were in training: {', '.join(differs[:5])}")
     features = next(cache.batches([(cache.readable, cache.first[cache.readable])]))
-    with data.stage(args.out, "measure the energies"):
-        energies = energy_matrix(net, features, args.eval_masks)
+    energies = energy_matrix(net, features, args.eval_masks)
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
     pictures = [data.read_image(items[i][0]) for i in cache.readable[:4]]

@@ -172,23 +172,23 @@ def test_a_large_batch_does_not_lose_the_bottom_rows():
     assert 0.9 < counts[13] / counts[0] < 1.1
 
 
-@pytest.mark.parametrize("loss, target, vicreg",
-                         [("mse", "ema", 0), ("smooth_l1", "ema", 0), ("mse", "image", 2)])
-def test_energy_equals_a_plain_loop(images, loss, target, vicreg):
+@pytest.mark.parametrize("loss, target", [("mse", "ema"), ("smooth_l1", "ema"), ("mse", "image")])
+def test_energy_equals_a_plain_loop(images, loss, target):
     """Each pair unpadded, X~ of all patches, all tokens of g: what is skipped or shared changes nothing."""
     torch.manual_seed(0)
-    net = model.TIJEPA(replace(CONFIG, loss=loss, target=target, vicreg=vicreg))
+    net = model.TIJEPA(replace(CONFIG, loss=loss, target=target))
     for p in net.target_encoder.parameters():  # X~ must not be X, or a mix-up of the two would pass
         p.data.add_(0.05 * torch.randn(p.shape, generator=seeded(3)))
     for block in (*net.context_encoder.blocks, *net.target_encoder.blocks):
         block.attention.proj.weight.data.mul_(100)  # untrained, they hardly listen to the text
-    masks, g, contexts = sample_masks(net.grid, 3, 0), net.predictor, []
+    masks, g = sample_masks(net.grid, 3, 0), net.predictor
     out = net(*net.frozen(images, TEXTS), masks)
     for b in range(3):
         s_image, *text = net.frozen(images[b:b + 1], TEXTS[b:b + 1])
         tokens = s_image if target == "image" else net.target_encoder(s_image, *text)  # [1, N, D]
-        contexts.append(net.context_encoder(s_image[:, masks.context[b]], *text))
-        visible = g.embed(contexts[b]) + g.positions[:, masks.context[b]]
+        context = net.context_encoder(s_image[:, masks.context[b]], *text)
+        assert torch.allclose(out.context[b:b + 1], context, atol=1e-5)
+        visible = g.embed(context) + g.positions[:, masks.context[b]]
         for m, patches in enumerate(masks.target[b]):
             x = torch.cat([visible, g.mask_token + g.positions[:, patches]], dim=1)
             for block in g.blocks:
@@ -199,9 +199,8 @@ def test_energy_equals_a_plain_loop(images, loss, target, vicreg):
             assert torch.allclose(out.prediction[b, m], predicted, atol=1e-5)
         d = (out.prediction[b] - out.target[b]).abs()
         errors = d ** 2 if loss == "mse" else torch.where(d < 1, 0.5 * d ** 2, d - 0.5)
+        assert torch.allclose(out.patch_energy[b], errors.mean(-1), rtol=1e-5)
         assert out.energy[b].item() == pytest.approx(errors.mean().item(), rel=1e-5)
-    term = model.vicreg_term(torch.cat(contexts)).item()
-    assert out.loss.item() == pytest.approx(out.energy.mean().item() + vicreg * term) and term > 0.1
     changed = net(*net.frozen(images, [TEXTS[1], *TEXTS[1:]]), masks)  # the caption itself does change it
     assert (changed.energy[0] - out.energy[0]).abs() > 3e-4
     assert (changed.target[0] - out.target[0]).abs().max() > 0.1 or target == "image"
@@ -220,6 +219,34 @@ def test_vicreg_term_and_measures_of_collapse_by_hand():
     assert model.effective_rank(torch.cat([torch.eye(4), -torch.eye(4)])) == pytest.approx(4, abs=1e-3)
 
 
+def test_sigreg_term_equals_a_plain_loop_and_tells_normal_from_collapsed():
+    context = torch.randn(5, 4, 3, generator=seeded(0)) * 2
+    z = context.mean(1).double().numpy()
+    directions = torch.randn(3, 256, generator=model.generator_of(7, 11)).double().numpy()
+    knots, total = np.arange(17) * 3 / 16, 0
+    for a in directions.T:
+        angles = [z @ (a / np.linalg.norm(a)) * t for t in knots]
+        gaps = [abs(np.exp(1j * angle).mean() - np.exp(-t * t / 2)) ** 2 for t, angle in zip(knots, angles)]
+        weighted = [gap * np.exp(-t * t / 2) for t, gap in zip(knots, gaps)]
+        total += 2 * 5 * 3 / 16 * (sum(weighted) - (weighted[0] + weighted[-1]) / 2)  # t < 0, too
+    assert model.sigreg_term(context, 7, 11).item() == pytest.approx(total / 256, rel=1e-4)
+    assert model.sigreg_term(context, 7, 12) != model.sigreg_term(context, 7, 11)  # other directions
+    normal = torch.randn(2000, 1, 16, generator=seeded(1))
+    terms = [model.sigreg_term(z, 0, 0).item() for z in (normal, normal.bfloat16(), 0 * normal, 3 * normal)]
+    assert 0 < terms[0] < 2 and terms[1] == pytest.approx(terms[0], rel=0.05)  # of 2,000: about 1 by chance
+    assert terms[2] > 300 and terms[3] > 300
+
+
+def test_score_is_the_energy_of_each_pair_wherever_it_stands(net, images):
+    scores = net.score(images, TEXTS, draws=3)
+    masks = [sample_masks(net.grid, 1, draw) for draw in range(3)]
+    pairs = [net.frozen(images[b:b + 1], TEXTS[b:b + 1]) for b in range(3)]
+    by_hand = [np.mean([net(*pair, mask).energy.item() for mask in masks]) for pair in pairs]
+    assert scores.tolist() == pytest.approx(by_hand, rel=1e-5) and not scores.requires_grad
+    matrix = pretrain.energy_matrix(net, net.frozen(images, TEXTS), draws=3)
+    assert torch.allclose(matrix.diagonal(), scores, rtol=1e-5)
+
+
 def test_ema_starts_equal_then_follows_the_formula(net):
     theta, xi = (list(part.parameters()) for part in (net.context_encoder, net.target_encoder))
     assert len(theta) == len(xi) and all(torch.equal(a, b) and a is not b for a, b in zip(theta, xi))
@@ -233,7 +260,7 @@ def test_ema_starts_equal_then_follows_the_formula(net):
 
 def test_gradients_reach_context_encoder_and_predictor_only(net, images):
     net.train()
-    net(*net.frozen(images, TEXTS), sample_masks(net.grid, 3, 0)).loss.backward()
+    net(*net.frozen(images, TEXTS), sample_masks(net.grid, 3, 0)).energy.mean().backward()
     for name, p in net.named_parameters():
         if name.startswith(("context_encoder", "predictor")):
             assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -271,7 +298,7 @@ def test_encode_gives_the_target_encoders_tokens_and_their_mean(net, images):
 def test_what_cannot_be_is_refused_in_words(net, images):
     for attempt, words in (
             (lambda: net.encode(images, "a red dog"), "list of strings, not the string 'a red dog'"),
-            (lambda: net.encode(images[:1], TEXTS), "not 3 for 1"),
+            (lambda: net.encode(images[:1], TEXTS), "1 pictures, 3 texts"),
             (lambda: net.encode(images[:, :, 8:], TEXTS), r"\[3, 3, 40, 48\], where toy takes.*\[3, 48, 48"),
             (lambda: replace(CONFIG, heads=3), "heads=3 do not divide the width dim=32"),
             (lambda: replace(CONFIG, predictor_dim=6), "predictor_dim=6"),
@@ -283,10 +310,11 @@ def test_what_cannot_be_is_refused_in_words(net, images):
 
 
 def test_presets_are_the_papers():
+    assert {c.target for c in model.PRESETS.values()} == {"ema"}
     for name, *sizes in (("small", 768, 4, 8), ("medium", 768, 6, 12), ("large", 1024, 8, 16)):
         c = model.PRESETS[name]
         assert [c.dim, c.depth, c.heads, c.predictor_depth, c.predictor_dim] == [*sizes, 12, 384]
-        assert c.target == "ema" and not c.vicreg and timm.is_model(c.image_encoder.split(".")[0])
+        assert timm.is_model(c.image_encoder.split(".")[0])
 
 
 @pytest.mark.parametrize("name, prefix", [("test_vit", 1), ("test_vit_relpos", 0)])
@@ -705,8 +733,12 @@ def test_held_out_images_are_not_trained_on_and_a_lost_image_moves_no_other():
         rest = [items[i] for i in rng.permutation(100) if i != lost]
         for train_now, held_now in (hold_out(rest), hold_out(items, broken=[lost])):
             assert held - {name} <= held_now and train_now == train - held_now - {name}
-    with pytest.raises(UserError, match="--held_out 99 leaves nothing of 99"):
-        hold_out(items, 99, broken=[5])
+    for count, message in ((99, "--held_out 99 of 99 readable"), (1, "--held_out 1 of 99")):
+        with pytest.raises(UserError, match=message):
+            hold_out(items, count, broken=[5])
+    for images, count in ((300, 30), (5, 2), (2000, 100)):  # by default
+        cache = SimpleNamespace(items=[(Path(str(i)), []) for i in range(images)], readable=np.arange(images))
+        assert len(data.hold_out(cache, 0)[1]) == count
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1205,14 +1237,19 @@ def test_pretrain_end_to_end(pretrained):
     assert "pretrain: preset toy, 32 images" in said and "8 held out" in said
     assert "read 40 images, skipped: 1 image not on disk, 1 unreadable image" in said
     assert len(re.findall("cannot be read: .*/000000000040.jpg", pretrained.done.err)) == 1
-    assert " ".join(log[0]) == ("step epoch loss lr wd momentum grad_norm skipped_steps energy_matched "
-                                "energy_mismatched pair_accuracy target_std prediction_std target_rank")
+    assert " ".join(log[0]) == ("step epoch loss lr wd momentum start_share grad_norm skipped_steps "
+                                "energy_matched energy_mismatched pair_accuracy energy_position target_std "
+                                "prediction_std target_rank")
     assert all(name in pretrain.__doc__ for name in {*log[0], *SLOW})
     assert [(line["step"], line["epoch"]) for line in log] == [(3, 1.5), (4, 2.0)]
     last = [log[-1][name] for name in ("lr", "wd", "momentum", "skipped_steps")]
     assert last == pytest.approx([1e-6, 0.4, 1.0, 0])
     assert 0.3 < log[1]["loss"] < log[0]["loss"] < 3
     checkpoint = torch.load(pretrained.checkpoint, weights_only=True)
+    share = np.prod([0.996 + 0.004 * step / 3 for step in range(4)])
+    assert checkpoint["start_share"] == pytest.approx(share) == log[-1]["start_share"]
+    assert f"warning: {share:.0%} of X~ is still its random start" in pretrained.done.err
+    assert set(checkpoint["seconds"]) == {"encode the pairs", "pretrain"}
     assert checkpoint["identity"]["--epochs"] == 2 and checkpoint["config"]["dim"] == 96
     assert checkpoint["skipped"] == {"image not on disk": 1, "unreadable image": 1}
     by_hash = sorted((f"{i:012d}.jpg" for i in range(40)), key=data.digest)
@@ -1283,7 +1320,8 @@ def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained
     options = ["--eval", pretrained.checkpoint, "--device", "cpu"]
     done = call(pretrain, *options, "--coco", toy / "coco", "--cache", tmp_path)
     assert done.code == 0 and f"eval {pretrained.checkpoint}" in done.out, done.err
-    for name, size in (("curves", (1600, 320)), ("energies", (500, 320)), ("masks", (900, 320))):
+    for name, size in (("curves", (1600, 320)), ("energies", (500, 320)), ("masks", (800, 840)),
+                       ("maps", (1000, 1080))):
         picture = Image.open(pretrained.out / f"{name}.png")
         assert picture.size == size and len(picture.convert("RGB").getcolors(1 << 24)) > 20
     figures = json.loads((pretrained.out / "eval.json").read_text())
@@ -1295,17 +1333,26 @@ def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained
     for name in figures.keys() & logged.keys():
         assert figures[name] == pytest.approx(logged[name], rel=1e-5)
     image = toy / "mvsa" / "MVSA_Single" / "data" / "1.jpg"
-    typed = ["red bars blue tiles lime bands ink lines", "moss bars", "sky"]
-    done = call(pretrain, *options, "--image", image, "--captions", *typed)
-    energies, captions = zip(*(line.split("  ") for line in done.out.splitlines()))
-    energies = list(map(float, energies))
-    assert sorted(captions) == sorted(typed) and energies == sorted(energies) and len(set(energies)) == 3
+    typed = ["red bars blue tiles lime bands ink lines", "moss bars", "who are they"]
+    before = tree(pretrained.out)
+    done = call(pretrain, *options, "--image", image, "--captions", *typed, "--out", tmp_path / "ranked")
+    *lines, worth = done.out.splitlines()
+    energies, captions, *notes = zip(*(line.split("  ") for line in lines if "who" not in line))
+    assert sorted(captions) == sorted(typed[:2]) and not notes
+    unknown = "  who are they  (f_T does not know most of its words)"
+    assert [line[6:] for line in lines if "who" in line] == [unknown]
+    energies = [float(line[:6]) for line in lines]
+    assert energies == sorted(energies) and len(set(energies)) == 3
+    assert f"pair accuracy on the held-out images: {logged['pair_accuracy']:.2f}" in worth
+    assert [path.name for path in (tmp_path / "ranked").iterdir()] == ["maps.png"]
+    assert tree(pretrained.out) == before
 
 
 def test_half_precision_learns_what_single_does(narrow, tmp_path):
     data.write_toy(tmp_path / "toy", images=140, posts=1)
     options = ["--coco", tmp_path / "toy" / "coco", "--cache", tmp_path / "cache", "--device", "cpu"]
-    training = ["--held_out", 40, "--batch_size", 16, "--epochs", 20, "--log_every", 60, "--lr", 0.004]
+    training = ["--held_out", 40, "--batch_size", 16, "--epochs", 20, "--log_every", 60, "--lr", 0.004,
+                "--target", "image"]
     judge, found = ["--eval", tmp_path / "checkpoint.pt", "--eval_masks", 1], []
     for dtype in ("float32", "bfloat16", "float16"):
         assert call(pretrain, *options, "--dtype", dtype, *training, "--out", tmp_path).code == 0
@@ -1365,8 +1412,8 @@ def other_weights(patch):
 
 OTHER_RUNS = {  # what has changed: what the refusal says
     "pictures": ["data (then "], "captions": ["data (then "], "weights": ["f_I weights (then "],
-    "--lr 0.5 --seed 3 --target ema --epochs 3 --held_out 9 --shuffle_captions":
-        ["--lr (then 0.001, now 0.5)", "--seed (then 0, now 3)", "--target (then image, now ema)",
+    "--lr 0.5 --seed 3 --target image --epochs 3 --held_out 9 --shuffle_captions":
+        ["--lr (then 0.001, now 0.5)", "--seed (then 0, now 3)", "--target (then ema, now image)",
          "--epochs (then 2, now 3)", "--held_out (then 8, now 9)", "--shuffle_captions (then False"]}
 
 
@@ -1563,10 +1610,12 @@ def test_too_little_memory_names_what_to_lower(pretrained, tmp_path, monkeypatch
 SENTENCES = {  # options: words of the message
     **{words: f"argument {words.split()[0]}" for words in (
         "--lr -1", "--lr 0", "--lr inf", "--lr nan", "--momentum 2", "--momentum nan", "--clip 0",
-        "--epochs many", "--batch_size 0", "--batch_size 1.5", "--accumulate 0", "--held_out 1", "--seed -1",
+        "--epochs many", "--batch_size 0", "--batch_size 1.5", "--accumulate 0", "--held_out -1", "--seed -1",
         "--workers 0", "--log_every 0", "--target text", "--dtype float64")},
     "--batch_size 33 --accumulate 1": "--batch_size 33 32 images",
+    "--sigreg 1": "--vicreg and --sigreg need the whole batch --accumulate 1",
     "--accumulate 3": "--batch_size 16 --accumulate x processes (3 x 1)",
+    "--held_out 1": "--held_out 1 at least 2",
     "--held_out 41": "--held_out 41 40 readable images",
     "--epoch 3": "unrecognized arguments: --epoch",
     "--device cuda": "--device cuda --device auto",
@@ -1635,8 +1684,8 @@ def test_nothing_that_is_chosen_or_trained_sees_a_test_label(single):
     def learn(changed):
         y = single.y.copy()
         y[changed] = (y[changed] + 1) % 3
-        given = single.net, single.cache, single.features, y, single.split, 0, args
-        found, choices = finetune_mvsa.predict_rows(*given)
+        given = single.net, single.cache, single.features, y, single.split, 0, {}, args
+        found, choices, _ = finetune_mvsa.predict_rows(*given)
         return {row: values.tolist() for row, values in found.items()}, choices
 
     found, choices = learn(test[:0])
@@ -1764,7 +1813,7 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, protocol):
         assert found["skipped"] == {**skipped, "unreadable image": 1}
         sizes = found["split_sizes"]
         assert sizes[1:] == [18, 18] if protocol == "authors" else sum(sizes) == count
-        assert list(found["scores"]) == rows and len(found["differences"]) == 2 * len(modes)
+        assert list(found["scores"]) == rows and len(found["differences"]) == 1 + 2 * len(modes)
         assert len(set(found["split_hash"].values())) == 2
     assert (sets["single"]["split_hash"] == sets["multi"]["split_hash"]) == (protocol == "authors")
     if protocol == "grouped":
@@ -1792,6 +1841,10 @@ def judged_once(toy, pretrained, tmp_path_factory):
     shutil.copy(pretrained.checkpoint, root)
     shutil.copytree(toy / "mvsa" / "MVSA_Single", root / "mvsa")
     posts = [post for post in data.load_mvsa(root / "mvsa")[0] if post.image.stat().st_size]
+    for post, words in zip(posts[50:53], ("RT @you {}!", "{} http://t.co/1", "#{}")):  # tested, and repeats
+        post.image.with_suffix(".txt").write_text(words.format(posts[7].text))
+    shutil.copy(posts[3].image, posts[52].image)
+    posts = [post for post in data.load_mvsa(root / "mvsa")[0] if post.image.stat().st_size]
     listed = [{"id": post.id, "text": "", "emotion_label": post.label} for post in posts]
     (root / "single").mkdir()
     for name, part in (("train", listed[:40]), ("dev", listed[40:50]), ("test", listed[50:])):
@@ -1800,6 +1853,15 @@ def judged_once(toy, pretrained, tmp_path_factory):
     sets, lines = recompute(root / "out")
     assert list(sets) == ["single"] and sets["single"]["split_sizes"] == [40, 10, 10]
     assert {line["id"] for line in lines} == {post.id for post in posts[50:]}
+    seen = {data.normalize_text(post.text) for post in posts[:40]}
+    new = {post.id for post in posts[50:] if data.normalize_text(post.text) not in seen}
+    notes = sets["single"]["split_notes"]
+    assert notes["test posts with the words of a training post"] == 10 - len(new) == 3
+    assert notes["test posts with the image of a training post"] == 1
+    right = [100 * np.mean([line["label"] == line["prediction"] for line in lines if line["id"] in new
+                            and (line["row"], line["seed"]) == (PRETRAINED, str(seed))]) for seed in (0, 1)]
+    assert sets["single"]["scores"][PRETRAINED]["accuracy without repeats"] == pytest.approx(right)
+    assert "| accuracy without repeats |" in (root / "out" / "results.md").read_text()
     assert f"Not measured: no MVSA-Multi in {root}" in (root / "out" / "results.md").read_text()
     return root
 
@@ -1865,13 +1927,18 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
         out = tmp_path / f"{variant}-{seed}"
         out.mkdir()
         (out / "log.jsonl").write_text('{"loss": 9}\n{"loss": 0.25}\n')
-        (out / "eval.json").write_text(json.dumps({"auc": auc, "target_std": 0.5, "target_rank": 7.0}))
-        found = {"scores": {row: {"accuracy": [60.0 + 10 * seed]} for row in finetune_mvsa.ROWS["probe"]}}
-        (out / "results.json").write_text(json.dumps({"sets": {"single": found, "multi": found}}))
+        judged = dict(energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7.0)
+        (out / "eval.json").write_text(json.dumps(judged))
+        rows = {"single": finetune_mvsa.ROWS["probe"], "multi": sum(finetune_mvsa.ROWS.values(), ())}
+        sets = {kind: {"scores": {row: {"accuracy": [n + 10 * seed, n + 2 + 10 * seed]} for row in rows[kind]}}
+                for kind, n in (("single", 60), ("multi", 70))}
+        (out / "results.json").write_text(json.dumps({"sets": sets}))
     done = call(finetune_mvsa, "--ablate", tmp_path)
     assert done.code == 0 and (tmp_path / "results.md").read_text() in done.out
-    plain = "| plain | 2 | 0.250 ± 0.000 | 0.500 ± 0.000 | 7.0 ± 0.0 | 0.600 ± 0.100 | 65.0 ± 5.0 | 65.0"
-    assert plain in done.out and "| image | 1 |" in done.out and "| *text + image concatenated* |" in done.out
+    plain = "| plain | 2 | 0.250 ± 0.000 | 0.100 ± 0.000 | 0.400 ± 0.000 | 0.600 ± 0.141 | 0.500 ± 0.000 |"
+    assert plain in done.out and "| image | 1 | 0.250 | 0.100 |" in done.out  # one run has no deviation
+    assert "| plain | 66.0 ± 7.1 | 76.0 ± 7.1 | 66.0 ± 7.1 | 76.0 ± 7.1 |  | 76.0 ± 7.1 |" in done.out
+    assert "| *untrained* | 61.0 | 71.0 |  |  |  | 71.0 |" in done.out
 
 
 def test_the_readmes_block_for_a_model_of_ones_own_runs(pretrained):
