@@ -642,7 +642,7 @@ def clmlf_split(folder, posts):
     "multi"), as in CLMLF's repository."""
     folder, kind = Path(folder), posts[0].set
     homes = [path.parent for path in sorted(folder.rglob("train.json"))]
-    named = [home for home in homes if kind in str(home.relative_to(folder.parent)).lower()]
+    named = [home for home in homes if kind in str(home.relative_to(folder)).lower()]
     homes = named or [home for home in homes if home == folder]
     if len(homes) != 1:
         raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind} there or below, with "

@@ -69,7 +69,8 @@ from model import UserError
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, workers=8, log_every=10)
 PRESETS = {
     # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images)
-    "toy": dict(epochs=40, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=124, momentum=0.994),
+    "toy": dict(epochs=40, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=124,
+                momentum=0.994),
     "tiny": dict(epochs=30, batch_size=16, accumulate=1, max_images=0, workers=2, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
@@ -240,6 +241,28 @@ def all_reduce(value, world, op=dist.ReduceOp.SUM):
     return value
 
 
+def split_batch(args, rank, world):
+    """How many images a forward pass of this process takes, and where in a batch each of its shares begins.
+    Raises UserError if the shares cannot be equal, or a regulariser would see only a share."""
+    micro, rest = divmod(args.batch_size, args.accumulate * world)
+    if rest:
+        raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
+                        f"({args.accumulate} x {world})")
+    if (args.vicreg or args.sigreg) and micro < args.batch_size:
+        raise UserError("--vicreg and --sigreg need the whole batch: one process and --accumulate 1")
+    return micro, [(rank * args.accumulate + k) * micro for k in range(args.accumulate)]
+
+
+def objective(out, args, step):
+    """A forward pass -> []: its mean energy, plus the regularisers of X's output that were asked for."""
+    loss = out.energy.mean()
+    if args.vicreg:
+        loss = loss + args.vicreg * model.vicreg_term(out.context)
+    if args.sigreg:
+        loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
+    return loss
+
+
 def run_identity(args, net, items, cache):
     """All that decides how a run ends: {name: value}. --resume compares it."""
     options = {f"--{name}": value for name, value in vars(args).items() if name not in FREE}
@@ -282,13 +305,7 @@ def main(args):
     """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it."""
     # -- processes: with torchrun, this one trains on its share of each batch
     rank, world, device = join_processes(args)
-    micro, rest = divmod(args.batch_size, args.accumulate * world)  # images per forward pass
-    if rest:
-        raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
-                        f"({args.accumulate} x {world})")
-    if (args.vicreg or args.sigreg) and micro < args.batch_size:
-        raise UserError("--vicreg and --sigreg need the whole batch: one process and --accumulate 1")
-    starts = [(rank * args.accumulate + k) * micro for k in range(args.accumulate)]  # in each batch
+    micro, starts = split_batch(args, rank, world)  # images per forward pass, and where they begin in a batch
 
     # -- data: the features of every readable picture and caption, from the cache
     path, coco = Path(args.out) / "checkpoint.pt", args.coco or "data/coco"
@@ -337,8 +354,8 @@ def main(args):
     if path.exists() and not args.resume:
         print(f"pretrain: begins anew and will replace {path}; --resume would continue it")
     elif path.exists():
-        first_step, running, log, before = resume(path, constant["identity"], net, optimizer, scaler)
-        seconds.update(before)  # adds
+        first_step, running, log, so_far = resume(path, constant["identity"], net, optimizer, scaler)
+        seconds.update(so_far)  # adds
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
         if rank == 0:
             write_log(path, log)  # it may have been cut off
@@ -386,12 +403,7 @@ def main(args):
                 waited += time.time() - before
                 ddp.require_backward_grad_sync = start == starts[-1]  # DDP averages gradients once a step
                 out = ddp(s_image, s_text, text_mask, masks.slice(start, start + micro))
-                loss = out.energy.mean()
-                if args.vicreg:
-                    loss = loss + args.vicreg * model.vicreg_term(out.context)
-                if args.sigreg:
-                    loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
-                loss = loss / args.accumulate
+                loss = objective(out, args, step) / args.accumulate
                 scaler.scale(loss).backward()
                 running[0] += loss.detach() / world
 

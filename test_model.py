@@ -27,7 +27,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
+from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import BertConfig, BertModel, GteConfig, GteModel, PreTrainedTokenizerFast
@@ -1697,6 +1699,34 @@ def test_nothing_that_is_chosen_or_trained_sees_a_test_label(single):
         finetune_mvsa.fit_probe(single.features[PRETRAINED], single.y * 0, train, validation)
 
 
+@pytest.mark.parametrize("missing", [-1, 1])
+def test_the_probe_is_scikit_learns_logistic_regression(monkeypatch, missing):
+    rng = fresh_rng()
+    x = (rng.normal(size=(300, 20)) * rng.uniform(0.1, 5, 20) + rng.normal(size=20)).astype(np.float32)
+    y = (x[:, :3] / x[:, :3].std(0) + rng.gumbel(size=(300, 3)) + [1, 0, -1]).argmax(1)
+    x[:, 19] = 0.3  # a feature that never changes
+    train, validation = np.flatnonzero(y[:200] != missing), np.arange(200, 250)
+    scaler, found = StandardScaler().fit(x[train]), []
+    for kind in (None, "balanced"):
+        for c in finetune_mvsa.REGULARISATION:
+            single_c = 2 * c if missing >= 0 else c  # of two classes scikit-learn has one vector of weights
+            exact = LogisticRegression(C=single_c, class_weight=kind, tol=1e-8, max_iter=9999)
+            exact.fit(scaler.transform(x[train]).astype(float), y[train])
+            expected = np.zeros((300, 3))
+            expected[:, exact.classes_] = exact.predict_proba(scaler.transform(x))
+            accuracy = accuracy_score(y[validation], expected[validation].argmax(1))
+            found.append((expected, c, bool(kind), accuracy))
+    for n, (expected, c, balanced, accuracy) in enumerate(found):
+        monkeypatch.setattr(finetune_mvsa, "REGULARISATION", (c,))
+        monkeypatch.setattr(finetune_mvsa, "max", lambda heads, key: heads[balanced], raising=False)
+        head, choice = finetune_mvsa.fit_probe(x, y, train, validation)
+        assert np.allclose(finetune_mvsa.probabilities_of(head, x), expected, atol=2e-3)
+        assert choice == {"C": c, "balanced": balanced, "validation": pytest.approx(accuracy, abs=0.021)}
+    monkeypatch.undo()
+    best = max(one[3] for one in found)
+    assert finetune_mvsa.fit_probe(x, y, train, validation)[1]["validation"] == pytest.approx(best, abs=0.021)
+
+
 @pytest.mark.parametrize("precision, missing", [("float32", -1), ("bfloat16", 0), ("float16", 2)])
 def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, precision, missing):
     """Also where no post to learn from has one of the labels: it stays impossible."""
@@ -1715,8 +1745,8 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, pre
         assert {p.dtype for p in tuned.parameters()} == {torch.float32}
     assert scaled == [False, precision == "float16"]
     x = single.features[PRETRAINED][split[0]]
-    expected = finetune_mvsa.probe_probabilities(probe, x)
-    assert np.array_equal(expected.argmax(1), probe.predict(x)) and np.allclose(found[0], expected, atol=1e-4)
+    expected = finetune_mvsa.probabilities_of(probe, x)
+    assert np.allclose(found[0], expected, atol=1e-4)
     assert abs(found[1] - found[0]).mean() > 0.1  # what is learnt is much more than the precisions differ by
     assert abs(found[3] - found[1]).mean() < 0.01 and (precision == "float32") == np.array_equal(*found[::2])
     assert missing < 0 or max(one[:, missing].max() for one in (expected, *found)) < 1e-9
@@ -1930,8 +1960,8 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
         judged = dict(energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7.0)
         (out / "eval.json").write_text(json.dumps(judged))
         rows = {"single": finetune_mvsa.ROWS["probe"], "multi": sum(finetune_mvsa.ROWS.values(), ())}
-        sets = {kind: {"scores": {row: {"accuracy": [n + 10 * seed, n + 2 + 10 * seed]} for row in rows[kind]}}
-                for kind, n in (("single", 60), ("multi", 70))}
+        sets = {kind: {"scores": {row: {"accuracy": [n, n + 2]} for row in rows[kind]}}
+                for kind, n in (("single", 60 + 10 * seed), ("multi", 70 + 10 * seed))}
         (out / "results.json").write_text(json.dumps({"sets": sets}))
     done = call(finetune_mvsa, "--ablate", tmp_path)
     assert done.code == 0 and (tmp_path / "results.md").read_text() in done.out
