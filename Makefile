@@ -8,7 +8,7 @@ PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON3))
 COCO := data/coco
 MVSA := data/mvsa
 # The paper's run where its data are, else the toy. Any PRESET on the command line wins.
-PRESET := $(if $(and $(wildcard $(COCO)),$(wildcard $(MVSA))),small,toy)
+PRESET := $(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" ] && echo small || echo toy)
 OUT := out/$(PRESET)
 # Passed on to both scripts: DEVICE=cpu, DTYPE=bfloat16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, CACHE=DIR. To pretrain.py:
 # IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image, SEED=N, GPUS=N processes. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
@@ -29,7 +29,7 @@ TRAIN := "$(PY)" $(if $(GPUS),-m torch.distributed.run --nproc_per_node=$(GPUS))
 EVAL := "$(PY)" pretrain.py $(BOTH) --eval
 JUDGE := "$(PY)" finetune_mvsa.py $(BOTH)
 
-.PHONY: help reproduce ablate bench test coco clean check-preset packages
+.PHONY: help reproduce pretrain picture ablate bench test coco clean check-preset packages
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 18
 
@@ -41,6 +41,18 @@ reproduce: check-preset packages ## pretrain and evaluate, [PRESET=toy|tiny|smal
 	@[ "$(OUT)/eval.json" -nt "$(OUT)/checkpoint.pt" ] || $(EVAL) "$(OUT)/checkpoint.pt" --coco "$(RUN_COCO)"
 	@$(foreach protocol,$(PROTOCOLS),$(JUDGE) --checkpoint "$(OUT)/checkpoint.pt" --mvsa "$(RUN_MVSA)" --out "$(OUT)" \
 		--protocol $(protocol) $(call options_of,$(protocol)) &&) true
+
+pretrain: packages ## pretrain only, without MVSA [PRESET=tiny COCO=DIR]
+	@$(TRAIN) --preset $(PRESET) --coco "$(RUN_COCO)" --out "$(OUT)"
+	@$(EVAL) "$(OUT)/checkpoint.pt" --coco "$(RUN_COCO)"
+
+picture: packages ## the README's picture, .github/toy.png, from the pictures of make reproduce
+	@"$(PY)" -c 'from PIL import Image; \
+	curves, energies, masks, maps = (Image.open(f"out/toy/{name}.png").convert("RGB") for name in "curves energies masks maps".split()); \
+	parts = (curves.resize((1000, 200)), 0, 0), (energies.resize((380, 243)), 0, 205), (masks.crop((0, 0, 800, 280)).resize((610, 213)), 385, 215), (maps.crop((0, 0, 1000, 570)), 0, 455); \
+	whole = Image.new("RGB", (1000, 1025), "white"); \
+	[whole.paste(part, (x, y)) for part, x, y in parts]; \
+	whole.quantize(96).save(".github/toy.png", optimize=True)'
 
 # Each variant's options; a run is out/ablate/<variant>-<seed>.
 plain :=
@@ -98,6 +110,8 @@ else
 packages: $(VENV)/installed
 $(VENV)/installed: requirements.txt
 	@echo "installing requirements.txt into $(VENV) (torch is large: minutes)" >&2
+	@$(PYTHON3) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, not " + sys.version.split()[0] + ": make PYTHON3=python3.11 ...")'
+	@$(PYTHON3) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON3) lacks its venv module: install it (Debian: apt install python3-venv), or VENV= to use its packages" >&2; exit 1; }
 	@$(PYTHON3) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
