@@ -58,7 +58,7 @@ picture: packages ## the README's picture, .github/toy.png, from the pictures of
 plain :=
 image := --target image
 vicreg := --vicreg 1
-sigreg := --sigreg 0.05
+sigreg := --sigreg 0.005
 no_ema := --momentum 0 --final_momentum 0
 shuffled := --shuffle_captions
 image_shuffled := --target image --shuffle_captions
