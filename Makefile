@@ -78,8 +78,8 @@ out/ablate/%/results.json:
 	@$(EVAL) $(@D)/checkpoint.pt --coco "$(TOY)/coco" >> $(@D)/log.txt 2>&1
 	@$(JUDGE) --checkpoint $(@D)/checkpoint.pt --mvsa "$(TOY)/mvsa" --out $(@D) --seeds 0 1 2 --mode probe >> $(@D)/log.txt 2>&1
 
-bench: packages ## how fast the preset trains on this machine; needs no data, [PRESET=... DEVICE= DTYPE=]
-	@"$(PY)" pretrain.py --bench --preset $(PRESET) --device $(DEVICE) --dtype $(DTYPE)
+bench: packages ## how long each stage of a preset takes here; needs no data, [PRESET=... IMAGES=N POSTS=N DEVICE= DTYPE=]
+	@"$(PY)" pretrain.py --bench --preset $(PRESET) --device $(DEVICE) --dtype $(DTYPE) $(if $(IMAGES),--max_images $(IMAGES)) $(if $(POSTS),--posts $(POSTS))
 
 test: packages ## run the tests, on the CPU and without network
 	@"$(PY)" -m pytest -q test_model.py

@@ -555,7 +555,7 @@ def main(args):
     folders = data.find_mvsa(args.mvsa)  # before any model is loaded
     device = model.pick_device(args.device)
     net, checkpoint = model.TIJEPA.from_checkpoint(args.checkpoint, args.image_weights, args.text_encoder)
-    net.to(device).precision = args.dtype
+    net.place(device, args.dtype)
     print(f"finetune_mvsa: {args.checkpoint}, {', '.join(map(str, folders.values()))}, {device}, {net.dtype}")
     with data.locked(args.out, "--out"):
         seconds = Counter(checkpoint["seconds"])

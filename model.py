@@ -88,7 +88,8 @@ PRESETS = {
     "medium": Config(JEPA_14, GTE.format("base"), 768, 6, 12),
     "large": Config(JEPA_16, GTE.format("large"), 1024, 8, 16),
 }
-TEXT_DIMS = {"toy": 96, MINI_LM: 384, GTE.format("base"): 768, GTE.format("large"): 1024}  # D_T of each f_T
+TEXT_SIZES = {"toy": (96, 0.2e6), MINI_LM: (384, 22.7e6),  # D_T and number of weights of each f_T
+              GTE.format("base"): (768, 137e6), GTE.format("large"): (1024, 434e6)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -511,6 +512,11 @@ class TIJEPA(nn.Module):
         for frozen in (self.image_encoder, self.text_encoder, self.target_encoder):
             frozen.eval()
         return self
+
+    def place(self, device, precision):
+        """To a device, with "auto" or a dtype's name for its forward passes -> self."""
+        self.precision = precision
+        return self.to(device)
 
     @property
     def device(self):

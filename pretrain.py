@@ -49,6 +49,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,13 +71,13 @@ PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, worker
 PRESETS = {
     # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images)
     "toy": dict(epochs=40, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=124,
-                momentum=0.994),
+                momentum=0.994, posts=3000),
     "tiny": dict(epochs=30, batch_size=16, accumulate=1, max_images=0, workers=2, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
 # Options that --resume may find changed: they change at most rounding, or their contents are compared
 FREE = {"out", "coco", "device", "workers", "cache", "accumulate", "compile", "resume", "bench", "eval",
-        "eval_masks", "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
+        "eval_masks", "posts", "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
 
 
 def parse_args(argv=None):
@@ -128,7 +129,8 @@ def parse_args(argv=None):
     add("--log_every", **number(int, 1), help="steps between log lines; the first after each epoch also "
         "writes the checkpoint")
     add("--resume", action="store_true", help="resume from OUT/checkpoint.pt if it is there")
-    add("--bench", action="store_true", help="measure speed, without data or download")
+    add("--bench", action="store_true", help="measure how long the preset takes, without data or download")
+    add("--posts", **number(int, 1), default=21535, help="with --bench: posts (21,535: both MVSA sets)")
     add("--eval", default="", metavar="CHECKPOINT", help="measure the energies of this checkpoint")
     add("--eval_masks", **number(int, 1), default=2, help="with --eval: masks for each energy")
     add("--image", default="", help="with --eval and --captions: one image file")
@@ -311,8 +313,7 @@ def main(args):
     path, coco = Path(args.out) / "checkpoint.pt", args.coco or "data/coco"
     items, skipped = data.load_coco(coco, args.max_images)  # what is missing is said before any download
     torch.manual_seed(args.seed)
-    net = model.TIJEPA(make_config(args, items)).to(device)
-    net.precision = args.dtype
+    net = model.TIJEPA(make_config(args, items)).place(device, args.dtype)
     seconds = Counter()
     with data.timed(seconds, "encode the pairs"):
         cache = data.FeatureCache(args.cache, items, net, args.workers)
@@ -361,6 +362,8 @@ def main(args):
             write_log(path, log)  # it may have been cut off
     running = running.to(device) / world  # each process has a share; all_reduce sums them
 
+    left_of_start = partial(start_share, total=steps, start=args.momentum, final=args.final_momentum)
+
     def save(step):
         """Write all that the rest of the run depends on: its data and masks are functions of the step."""
         total = all_reduce(running, world)
@@ -371,9 +374,6 @@ def main(args):
                             "log": log, "model": net.trained_state(), "scaler": scaler.state_dict(),
                             "optimizer": optimizer.state_dict()}, file)
             write_log(path, log)
-
-    def left_of_start(done):
-        return start_share(done, steps, args.momentum, args.final_momentum)
 
     began = time.time()
     with catch_signals() as signals:
@@ -438,8 +438,7 @@ def main(args):
                     save(done)
     if rank == 0:
         plot_curves(log, path.with_name("curves.png"))
-    print(f"pretrain: wrote {path} and log.jsonl beside it; read {len(cache.readable)} images, skipped: "
-          f"{data.describe(skipped)}")
+    print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
     if left_of_start(steps) > 0.05:
         print(f"warning: {left_of_start(steps):.0%} of X~ is still its random start: its features are worth "
               "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
@@ -535,8 +534,7 @@ def rank_captions(args, net, log):
 def evaluate(args):
     """The --eval command: measure exactly the images that the checkpoint held out, print and write it."""
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
-    net = net.to(model.pick_device(args.device))
-    net.precision = args.dtype
+    net.place(model.pick_device(args.device), args.dtype)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     if args.image:
@@ -569,82 +567,106 @@ def evaluate(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# --bench: where the time goes
+# --bench: how long will it take here?
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
+TOKENS = 16  # of a caption and of a post
 
 
-def bench(args, steps=100, seconds=60):
-    """The --bench command: medians over at most so many steps, or so long, of one micro-batch of random
-    features of the preset's shapes (16 text tokens), and of f_I without its weights."""
-    device, config, times = model.pick_device(args.device), make_config(args, []), defaultdict(list)
+def median_seconds(device, parts, steps=100, most=30):
+    """Call these functions one after the other, so many times or so many seconds -> the median time of each,
+    in seconds; the first round warms up."""
+    rounds, begin = [], time.perf_counter()
+    while len(rounds) < 2 or len(rounds) <= steps and time.perf_counter() - begin < most:
+        times = [time.perf_counter()]
+        for part in parts:
+            part()
+            if device.type != "cpu":
+                getattr(torch, device.type).synchronize()
+            times.append(time.perf_counter())
+        rounds.append(np.diff(times))
+    return np.median(rounds[1:], axis=0).tolist()
+
+
+def bench(args):
+    """The --bench command: a training step's parts on random features of the preset's shapes, f_I without its
+    weights, and what `make reproduce` takes by them."""
+    device, config = model.pick_device(args.device), make_config(args, [])
     f_T = torch.nn.Module()
-    f_T.dim = model.TEXT_DIMS[config.text_encoder]
+    f_T.dim, f_T_weights = model.TEXT_SIZES[config.text_encoder]
     f_I = model.ImageEncoder(config.image_encoder, pretrained=False)
-    net = model.TIJEPA(config, (f_I, f_T)).to(device).train()
-    net.precision = args.dtype
+    net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype).train()
     forward = torch.compile(net, dynamic=True) if args.compile else net
     optimizer = build_optimizer(net)
+    trained = [p for p in net.parameters() if p.requires_grad]
     scaler = torch.amp.GradScaler(device.type, enabled=net.dtype == torch.float16)
-    B = args.batch_size // args.accumulate
+    B, N = args.batch_size // args.accumulate, math.prod(net.grid)
     images = torch.randn(B, *f_I.data_config["input_size"])
-    s_image = torch.randn(B, math.prod(net.grid), f_I.dim).to(device, net.dtype)
-    s_text = torch.randn(B, 16, f_T.dim).to(device, net.dtype)
-    text_mask = torch.ones(B, 16, dtype=torch.bool, device=device)
+    s_image = torch.randn(B, N, f_I.dim).to(device, net.dtype)
+    text = torch.randn(B, TOKENS, f_T.dim).to(device, net.dtype), torch.ones(B, TOKENS, device=device) > 0
+    step = {"number": 0}  # the state of the step that is measured
 
-    def now():
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        return time.perf_counter()
+    def draw():
+        step["masks"] = model.sample_masks(net.grid, B, args.seed, step["number"]).to(device)
+        step["number"] += 1
 
-    def timed(part, work):
-        before = now()
-        result = work()
-        times[part].append(now() - before)
-        return result
+    def ahead():
+        step["loss"] = forward(s_image, *text, step["masks"]).energy.mean()
 
     def update():
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(trained, args.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        net.update_target(0.996)
 
-    def gflop(work):
+    def pool(encoder, patches):
+        with net.autocast():
+            return encoder(s_image[:, :patches], *text).float().mean()
+
+    parts = {"masks": draw, "forward": ahead, "backward": lambda: scaler.scale(step["loss"]).backward(),
+             "optimiser": update, "EMA": lambda: net.update_target(0.996)}
+    took = dict(zip(parts, median_seconds(device, parts.values())))
+    encode, = median_seconds(device, [lambda: net.frozen_image(images)], 5)
+    # finetune_mvsa.py trains on a quarter of the patches, and scores on all
+    tune, score = median_seconds(device, [lambda: pool(net.context_encoder, N // 4).backward(),
+                                          lambda: pool(net.target_encoder, N)], 10)
+    whole = sum(took[part] * args.accumulate for part in ("masks", "forward", "backward"))
+    whole += took["optimiser"] + took["EMA"]
+    gflop = []
+    for work in ((lambda: net.frozen_image(images)), lambda: [ahead(), step["loss"].backward()]):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted anywhere
             work()
-        return counter.get_total_flops() / B / 1e9
-
-    begin = time.time()
-    for step in tqdm(range(steps + 1), desc="bench"):
-        masks = model.sample_masks(net.grid, B, args.seed, step).to(device)
-        loss = timed("forward", lambda: forward(s_image, s_text, text_mask, masks).energy.mean())
-        timed("backward", lambda: scaler.scale(loss).backward())
-        timed("optimiser and EMA", update)
-        if step < 4:
-            timed("encode", lambda: net.frozen_image(images))
-        if step > 1 and time.time() - begin > seconds:
-            break
-    median = {part: np.median(found[1:]) for part, found in times.items()}  # the first warms up
-    frozen = gflop(lambda: net.frozen_image(images))
-    trained = gflop(lambda: net(s_image, s_text, text_mask, masks).energy.mean().backward())
-    whole = (median["forward"] + median["backward"]) * args.accumulate + median["optimiser and EMA"]
+        gflop.append(counter.get_total_flops() / B / 1e9)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-    report = {f"{part}, ms for {B} images": 1000 * value for part, value in median.items()}
+    report = {f"{part}, ms for {B} images": 1000 * seconds for part, seconds in took.items()}
     report.update({
         f"step of {args.batch_size} images, ms": 1000 * whole, "training, images/s": args.batch_size / whole,
-        "encode by f_I, images/s": B / median["encode"], "f_I, GFLOP per image": frozen,
-        "trained half, GFLOP per image": trained,
-        "what the cache saves, by FLOPs": (frozen + trained) / trained,
-        "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
-        "peak memory, GB": memory / 1e9})
+        "encode by f_I, images/s": B / encode, "f_I, GFLOP per image": gflop[0],
+        "trained half, GFLOP per image": gflop[1], "what the cache saves, by FLOPs": sum(gflop) / gflop[1],
+        "trained weights, million": sum(p.numel() for p in trained) / 1e6, "peak memory, GB": memory / 1e9})
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for card, peak in PEAK_TFLOPS.items():
         if card in name:
-            report[f"MFU on {name}, %"] = 0.1 * trained * args.batch_size / whole / peak
+            report[f"MFU on {name}, %"] = 0.1 * gflop[1] * args.batch_size / whole / peak
+    image, posts = encode / B, args.posts  # seconds an image
+    pairs = args.max_images or {"toy": 1100}.get(args.preset, 118287)
+    caption = image * 2e-9 * f_T_weights * TOKENS / gflop[0]  # f_T at f_I's rate: it is not built
+    steps = args.epochs * (pairs // args.batch_size)
+    # 5 seeds, 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
+    tuning = 5 * 3 * 5 * posts * (0.8 * tune + 0.1 * score) / B
+    report.update({
+        "to download, f_I and f_T, GB": 4e-9 * (sum(p.numel() for p in f_I.parameters()) + f_T_weights),
+        "disk for the features, GB": 2e-9 * ((pairs + posts) * N * f_I.dim
+                                             + (5 * pairs + posts) * TOKENS * f_T.dim),
+        f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
+        f"minutes to pretrain, {steps} steps": steps * whole / 60,
+        f"minutes to encode {posts} posts": posts * (image + caption) / 60,
+        "minutes of fine-tuning, 5 seeds": tuning / 60})
     for what, value in report.items():
-        print(f"{what:44}{value:10.4g}")
+        print(f"{what:40}{value:10.4g}")
     return 0
 
 

@@ -1158,11 +1158,17 @@ def test_pretrains_help_tells_each_option_and_its_default():
 
 def test_bench_prints_its_figures_and_needs_no_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain.bench, "__defaults__", (4, 60))  # steps, seconds
-    done = call(pretrain, "--bench", "--batch_size", 8, "--accumulate", 2, "--device", "cpu")
+    monkeypatch.setattr(pretrain.median_seconds, "__defaults__", (4, 60))  # rounds, seconds
+    done = call(pretrain, "--bench", "--batch_size", 8, "--accumulate", 2, "--epochs", 3, "--max_images", 80,
+                "--posts", 70, "--device", "cpu")
     assert done.code == 0 and not list(tmp_path.iterdir()), done.err
-    figures = {line[:44].strip(): float(line[44:]) for line in done.out.splitlines()}
-    assert len(figures) == 12 and min(figures.values()) > 0
+    figures = {line[:40].strip(): float(line[40:]) for line in done.out.splitlines()}
+    assert len(figures) == 19 and min(figures.values()) > 0
+    ms, rates = (figures[name] for name in ("step of 8 images, ms", "encode by f_I, images/s"))
+    assert figures["minutes to pretrain, 30 steps"] == pytest.approx(30 * ms / 60000, rel=1e-2)
+    assert 70 / rates / 60 < figures["minutes to encode 70 posts"] < figures["minutes to encode 80 pairs"]
+    features = 2e-9 * (150 * 36 * 96 + (5 * 80 + 70) * 16 * 96)
+    assert figures["disk for the features, GB"] == pytest.approx(features, rel=1e-2)
     images = figures["training, images/s"] * figures["step of 8 images, ms"] / 1000
     assert images == pytest.approx(8, rel=1e-3)
     # f_I by hand: 37 tokens of width 96, 2 blocks of 12 D^2 + 2 N D multiply-adds, 36 patches of 192 values
