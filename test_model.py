@@ -1148,6 +1148,20 @@ def test_held_out_energies(net, images):
     assert torch.allclose(turned, matrix.roll(-1, dims=1), atol=1e-6) and matrix.shape == (3, 3)
 
 
+def test_energy_maps_average_the_masks_that_hid_each_patch(net, images):
+    features = net.frozen(images, TEXTS)
+    total, count, draw = torch.zeros(3, 36), torch.zeros(36), 0
+    while count.min() < 3:
+        masks = sample_masks(net.grid, 1, draw)
+        energies = net(*features, masks.expand(3)).patch_energy
+        for place in np.ndindex(*masks.target[0].shape):
+            patch = masks.target[0][place]
+            total[:, patch] += energies[:, place[0], place[1]].detach()
+            count[patch] += 1
+        draw += 1
+    assert torch.allclose(pretrain.energy_maps(net, *features, least=3), total / count, atol=1e-6) and draw > 3
+
+
 def test_pretrains_help_tells_each_option_and_its_default():
     said = " ".join(call(pretrain, "--preset", "small", "--help").out.split())
     options = vars(pretrain.parse_args([]))
@@ -1326,7 +1340,7 @@ def test_shuffled_captions_are_those_of_other_images(pretrained, tmp_path, monke
 
 def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained, tmp_path):
     options = ["--eval", pretrained.checkpoint, "--device", "cpu"]
-    done = call(pretrain, *options, "--coco", toy / "coco", "--cache", tmp_path)
+    done = call(pretrain, *options, "--cache", tmp_path)  # --coco as in training
     assert done.code == 0 and f"eval {pretrained.checkpoint}" in done.out, done.err
     for name, size in (("curves", (1600, 320)), ("energies", (500, 320)), ("masks", (800, 840)),
                        ("maps", (1000, 1080))):
