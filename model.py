@@ -17,6 +17,8 @@ Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a blo
     momentum            m          float             xi <- m xi + (1 - m) theta
 
 With `target="image"` the target is s_image instead of X~'s tokens; X~ still encodes for `encode`.
+Masks apply after f_I, as in the authors' code: the visible tokens of s_image have already seen the hidden
+patches, which I-JEPA hides before its encoder.
 
 Not in here: data, training loops, augmentation, negatives, text masking, more than one context block. README,
 "Differences", lists the departures from the paper and from I-JEPA."""
