@@ -8,7 +8,7 @@ PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON3))
 COCO := data/coco
 MVSA := data/mvsa
 # The paper's run where its data are, else the toy. Any PRESET on the command line wins.
-PRESET := $(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" ] && echo small || echo toy)
+PRESET := $(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(MAKECMDGOALS)" = pretrain ] && echo small || echo toy)
 OUT := out/$(PRESET)
 # Passed on to both scripts: DEVICE=cpu, DTYPE=bfloat16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, CACHE=DIR. To pretrain.py:
 # IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image, SEED=N, GPUS=N processes. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
@@ -42,7 +42,8 @@ reproduce: check-preset packages ## pretrain and evaluate, [PRESET=toy|tiny|smal
 	@$(foreach protocol,$(PROTOCOLS),$(JUDGE) --checkpoint "$(OUT)/checkpoint.pt" --mvsa "$(RUN_MVSA)" --out "$(OUT)" \
 		--protocol $(protocol) $(call options_of,$(protocol)) &&) true
 
-pretrain: packages ## pretrain only, without MVSA [PRESET=tiny COCO=DIR]
+pretrain: check-preset packages ## pretrain only, without MVSA [PRESET=tiny COCO=DIR]
+	@$(if $(IS_TOY),"$(PY)" data.py toy "$(TOY)")
 	@$(TRAIN) --preset $(PRESET) --coco "$(RUN_COCO)" --out "$(OUT)"
 	@$(EVAL) "$(OUT)/checkpoint.pt" --coco "$(RUN_COCO)"
 
@@ -67,12 +68,12 @@ RUNS := $(foreach variant,$(VARIANTS),$(foreach seed,0 1 2,out/ablate/$(variant)
 
 ablate: packages ## what collapses and what does not: seven variants x 3 seeds on the toy data, one table
 	@"$(PY)" data.py toy "$(TOY)"
-	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 PRESET=toy $(RUNS)
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 PRESET=toy TARGET= SEED= EPOCHS= $(RUNS)
 	@"$(PY)" finetune_mvsa.py --ablate out/ablate
 
 variant_of = $(word 1,$(subst -, ,$*))
 seed_of = $(word 2,$(subst -, ,$*))
-out/ablate/%/results.json:
+out/ablate/%/results.json: Makefile $(wildcard *.py)
 	@mkdir -p $(@D)
 	@$(TRAIN) --coco "$(TOY)/coco" --out $(@D) --seed $(seed_of) $($(variant_of)) > $(@D)/log.txt 2>&1
 	@$(EVAL) $(@D)/checkpoint.pt --coco "$(TOY)/coco" >> $(@D)/log.txt 2>&1

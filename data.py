@@ -37,7 +37,8 @@ from tqdm import tqdm
 from model import UserError
 
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
-COCO_HELP = "run `make coco COCO=DIR`, or get train2017.zip, annotations_trainval2017.zip of cocodataset.org"
+COCO_HELP = ("name its folder with --coco, run `make coco COCO=DIR`, or get train2017.zip and "
+             "annotations_trainval2017.zip of cocodataset.org")
 MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
              "social-data/ or, on Kaggle, vincemarcs/mvsasingle and vincemarcs/mvsamultiple")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -107,16 +108,20 @@ def run_command(command, memory):
         return code
 
 
+def open_lock(folder, option):
+    """Make the folder that `option` names -> its lock's open file. UserError if it cannot be written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return open(Path(folder) / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"{option} {folder} is no folder to write to ({error.strerror})") from error
+
+
 @contextmanager
 def locked(folder, option, wait=False):
     """Make the folder that `option` names and hold its lock, which the system frees however a process ends.
     UserError if it cannot be written to, or unless `wait` another process has it."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(folder) / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"{option} {folder} is no folder to write to ({error.strerror})") from error
-    with lock:
+    with open_lock(folder, option) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -609,10 +614,10 @@ def post_keys(post):
     return [("image", digest(read_file(post.image)))] + [("words", words)] * bool(words)
 
 
-def repeats(posts, train, part):
-    """[(what, index)] of the posts of `part` that have the image or the words of a post of `train`."""
+def repeats(posts, train, *parts):
+    """For each part [(what, index)] of its posts that have the image or the words of a post of `train`."""
     seen = {key for i in train for key in post_keys(posts[i])}
-    return [(key[0], i) for i in part for key in post_keys(posts[i]) if key in seen]
+    return [[(key[0], i) for i in part for key in post_keys(posts[i]) if key in seen] for part in parts]
 
 
 def duplicate_groups(posts):
@@ -638,12 +643,12 @@ def grouped_split(labels, groups, seed):
 
 def clmlf_split(folder, posts):
     """CLMLF's train.json, dev.json and test.json for `posts` of one set -> (indices of each, Counter of what
-    did not match), or UserError. They lie in `folder`, or below it where the path names the set ("single" or
-    "multi"), as in CLMLF's repository."""
+    did not match), or UserError. They lie in `folder` or below it; of several, as in CLMLF's repository, in
+    the one whose path below it names the set ("single" or "multi")."""
     folder, kind = Path(folder), posts[0].set
     homes = [path.parent for path in sorted(folder.rglob("train.json"))]
     named = [home for home in homes if kind in str(home.relative_to(folder)).lower()]
-    homes = named or [home for home in homes if home == folder]
+    homes = named or homes
     if len(homes) != 1:
         raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind} there or below, with "
                         f"'{kind}' in its path; found {len(homes)}: {', '.join(map(str, homes))}")

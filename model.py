@@ -589,10 +589,14 @@ class TIJEPA(nn.Module):
         masks = sample_masks(self.grid, 1, seed=draw).to(self.device)
         return self(s_image, s_text, text_mask, masks.expand(len(s_image)))
 
+    def mean_energy(self, s_image, s_text, text_mask, draws):
+        """The features of B pairs -> [B]: the energy of each, the mean over so many masks."""
+        energies = [self.measure(s_image, s_text, text_mask, draw).energy for draw in range(draws)]
+        return torch.stack(energies).mean(0)
+
     def score(self, images, texts, draws=8):
-        """images [B, 3, H, W], B strings -> [B]: the energy of each pair, the mean over so many masks."""
-        features = self.frozen(images, texts)
-        return torch.stack([self.measure(*features, draw).energy for draw in range(draws)]).mean(0)
+        """images [B, 3, H, W], B strings -> [B]: the energy of each pair, lower for a better match."""
+        return self.mean_energy(*self.frozen(images, texts), draws)
 
     def encode(self, images, texts):
         """images [B, 3, H, W], B strings -> X~'s fused tokens [B, N, D] and their mean [B, D]."""
@@ -659,7 +663,8 @@ def read_checkpoint(path):
         Config(**checkpoint["config"])
     except NOT_A_CHECKPOINT as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not a whole checkpoint of pretrain.py: {reason}") from error
+        raise UserError(f"{path} is not a whole checkpoint of this version: {reason}; remove it, or name "
+                        "another folder") from error
     return checkpoint
 
 

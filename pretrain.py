@@ -22,8 +22,8 @@ and of the held-out images, with the same masks each time (these are the evidenc
     energy_matched     mean energy of the images with their own captions
     energy_mismatched  the same with the caption of another image; the gap is what the caption brings
     pair_accuracy      share of images whose own caption has the lower energy of the two: 0.5 is chance
-    energy_position    the energy of predicting the images' mean target at each position: an energy as high
-                       means that neither the visible patches nor the caption is of use
+    energy_position    the energy of predicting the other images' mean target at each position: an energy as
+                       high means that neither the visible patches nor the caption is of use
     target_std         std of the targets over images, at each patch and dimension, averaged: at most about 1;
                        0 is collapse
     prediction_std     the same of the predictions
@@ -31,13 +31,14 @@ and of the held-out images, with the same masks each time (these are the evidenc
 
 With --target image the targets are fixed: there a collapse shows in prediction_std and in the gap. --eval
 writes energies.png, masks.png, maps.png (which patches the caption decides) and, from every held-out image
-with every held-out caption over several masks, eval.json:
+with every held-out caption over several masks, eval.json (what is not named here is as in the log):
 
     auc                chance that an image's own caption has a lower energy than another's, over all of them
     auc_pooled         the same across images: a matched pair against a mismatched one
     recall@1, @5       share of images whose own caption is the one, or among the five, of lowest energy
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -46,7 +47,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -439,7 +440,7 @@ def main(args):
     if rank == 0:
         plot_curves(log, path.with_name("curves.png"))
     print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
-    if left_of_start(steps) > 0.05:
+    if rank == 0 and left_of_start(steps) > 0.05:
         print(f"warning: {left_of_start(steps):.0%} of X~ is still its random start: its features are worth "
               "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
     return 0
@@ -459,10 +460,10 @@ def held_out_metrics(net, features):
     s_image, s_text, text_mask = features
     matched = net.measure(s_image, s_text, text_mask)
     mismatched = net.measure(s_image, s_text.roll(1, 0), text_mask.roll(1, 0)).energy  # X~ reads it, too
-    mean = matched.target.mean(0, keepdim=True).expand_as(matched.target)
+    others = (matched.target.sum(0) - matched.target) / (len(s_image) - 1)  # each image's own is not in it
     metrics = dict(energy_matched=matched.energy.mean(), energy_mismatched=mismatched.mean(),
                    pair_accuracy=wins(matched.energy, mismatched).mean(),
-                   energy_position=net.patch_energy(mean, matched.target).mean(),
+                   energy_position=net.patch_energy(others, matched.target).mean(),
                    target_std=model.sample_std(matched.target),
                    prediction_std=model.sample_std(matched.prediction),
                    target_rank=model.effective_rank(matched.target.mean((1, 2))))
@@ -475,21 +476,21 @@ def energy_matrix(net, features, draws):
     columns = []
     for tokens, mask in zip(tqdm(s_text, desc="energies"), text_mask):
         pairs = s_image, tokens.expand(len(s_image), -1, -1), mask.expand(len(s_image), -1)
-        columns.append(torch.stack([net.measure(*pairs, draw).energy for draw in range(draws)]).mean(0))
+        columns.append(net.mean_energy(*pairs, draws))
     return torch.stack(columns, dim=1).float().cpu()
 
 
 def energy_maps(net, s_image, s_text, text_mask, least=8):
     """Features of B pairs -> [B, N]: the energy of each patch, the mean over the masks that hide it: so many
     that each patch is hidden at least `least` times."""
-    total, count, draw = torch.zeros(s_image.shape[:2]), torch.zeros(s_image.shape[1]), 0
-    while count.min() < least:
+    total, count = torch.zeros(s_image.shape[:2]), torch.zeros(s_image.shape[1])
+    for draw in tqdm(itertools.count(), desc="masks for maps.png"):
         hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]
         energies = net.measure(s_image, s_text, text_mask, draw).patch_energy.flatten(1)  # [B, M * P]
         total.index_add_(1, hidden, energies.float().cpu())
         count += torch.bincount(hidden, minlength=len(count))
-        draw += 1
-    return total / count
+        if count.min() >= least:
+            return total / count
 
 
 def retrieval_metrics(energies):
@@ -500,13 +501,13 @@ def retrieval_metrics(energies):
     won = wins(own[:, None], energies).sum(1) - 0.5  # [I]: without the tie of each with itself
     rank = (energies <= own[:, None]).sum(1)  # 1: no other caption is as low
     figures = {"auc": won / (n - 1), "auc_pooled": wins(own[:, None], other), "recall@1": (rank <= 1).float(),
-               "recall@5": (rank <= 5).float(), "energy_matched": own, "energy_mismatched": other}
+               "recall@5": (rank <= 5).float()}
     return {"images": n, **{name: value.mean().item() for name, value in figures.items()}}
 
 
 def rank_captions(args, net, log):
     """--eval with a picture and captions: print their energies, the lowest first, and what they are worth;
-    with several, draw maps.png of the lowest and the highest."""
+    with several, draw maps_<image>.png of the lowest and the highest."""
     try:
         picture = data.read_image(args.image, net.image_encoder.data_config["input_size"][1:])
     except data.NOT_AN_IMAGE as error:
@@ -528,15 +529,15 @@ def rank_captions(args, net, log):
         ends = order[[0, -1]]
         maps = energy_maps(net, s_image.expand(2, -1, -1), s_text[ends], text_mask[ends])
         titles = [f"{energies[i]:.3f}  {args.captions[i]}" for i in ends.tolist()]
-        plot_maps([picture], net.grid, maps[None], [titles], Path(args.out) / "maps.png")
+        name = f"maps_{Path(args.image).stem}.png"
+        plot_maps([picture], net.grid, maps[None], [titles], Path(args.out) / name)
 
 
 def evaluate(args):
     """The --eval command: measure exactly the images that the checkpoint held out, print and write it."""
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
     net.place(model.pick_device(args.device), args.dtype)
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    data.open_lock(args.out, "--out").close()  # but not hold it: a run may be evaluated while it trains
     if args.image:
         rank_captions(args, net, checkpoint["log"])
         return 0
@@ -553,6 +554,8 @@ def evaluate(args):
     energies = energy_matrix(net, features, args.eval_masks)
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
+    folder = Path(args.out)
+    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
     pictures = [data.read_image(items[i][0]) for i in cache.readable[:4]]
     captions = [items[i][1][0] for i in cache.readable[:4]]
     s_image, s_text, text_mask = (tensor[:len(pictures)] for tensor in features)
@@ -561,7 +564,6 @@ def evaluate(args):
     plot_maps(pictures, net.grid, torch.stack(maps, 1), titles, folder / "maps.png")
     plot_energies(energies, folder / "energies.png")
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
-    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     return 0
 
@@ -590,10 +592,10 @@ def median_seconds(device, parts, steps=100, most=30):
 
 def bench(args):
     """The --bench command: a training step's parts on random features of the preset's shapes, f_I without its
-    weights, and what `make reproduce` takes by them."""
+    weights, and what the longest stages of `make reproduce` take by them."""
     device, config = model.pick_device(args.device), make_config(args, [])
     f_T = torch.nn.Module()
-    f_T.dim, f_T_weights = model.TEXT_SIZES[config.text_encoder]
+    f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]
     f_I = model.ImageEncoder(config.image_encoder, pretrained=False)
     net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype).train()
     forward = torch.compile(net, dynamic=True) if args.compile else net
@@ -633,14 +635,14 @@ def bench(args):
                                           lambda: pool(net.target_encoder, N)], 10)
     whole = sum(took[part] * args.accumulate for part in ("masks", "forward", "backward"))
     whole += took["optimiser"] + took["EMA"]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
     gflop = []
     for work in ((lambda: net.frozen_image(images)), lambda: [ahead(), step["loss"].backward()]):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted anywhere
             work()
         gflop.append(counter.get_total_flops() / B / 1e9)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
     report = {f"{part}, ms for {B} images": 1000 * seconds for part, seconds in took.items()}
     report.update({
         f"step of {args.batch_size} images, ms": 1000 * whole, "training, images/s": args.batch_size / whole,
@@ -656,7 +658,7 @@ def bench(args):
     caption = image * 2e-9 * f_T_weights * TOKENS / gflop[0]  # f_T at f_I's rate: it is not built
     steps = args.epochs * (pairs // args.batch_size)
     # 5 seeds, 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
-    tuning = 5 * 3 * 5 * posts * (0.8 * tune + 0.1 * score) / B
+    tuning = 5 * 3 * 5 * posts * (0.8 * (tune / B + took["optimiser"] / 32) + 0.1 * score / B)
     report.update({
         "to download, f_I and f_T, GB": 4e-9 * (sum(p.numel() for p in f_I.parameters()) + f_T_weights),
         "disk for the features, GB": 2e-9 * ((pairs + posts) * N * f_I.dim
@@ -707,7 +709,7 @@ def show(axis, pixels, title, **options):
     """A picture, or a map of its patches, without ticks; the title is cut to two lines."""
     shown = axis.imshow(pixels, **options)
     axis.set(xticks=[], yticks=[])
-    axis.set_title("\n".join(textwrap.wrap(title, 32)[:2]), fontsize=8)
+    axis.set_title("\n".join(textwrap.wrap(title, 32)[:2]), fontsize=8, parse_math=False)
     return shown
 
 

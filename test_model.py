@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1005,10 +1006,12 @@ def test_published_split(tmp_path):
         assert [part.tolist() for part in parts] == [list(range(20)), [20, 21, 22, 23], [24, 25, 26, 27]]
         assert +notes == {"listed, but not among the posts": 1, "not listed, so not used": 2}
     with pytest.raises(UserError, match="found 0"):
-        data.clmlf_split(multi.parent, posts)
+        data.clmlf_split(tmp_path / "nothing", posts)
+    shutil.copytree(home, tmp_path / "multimodal-sentiment" / "split")  # the name above it is no hint
+    assert [len(part) for part in data.clmlf_split(tmp_path / "multimodal-sentiment", posts)[0]] == [20, 4, 4]
     relabelled = [replace(post, label=(post.label + 1) % 3) for post in posts]
     write(tmp_path / "single again", entries[:20], entries[20:24], entries[18:22])  # posts in two parts
-    for folder, strange in ((home, relabelled), (tmp_path / "single again", posts)):
+    for folder, strange in ((home, relabelled), (tmp_path / "single again", posts), (multi.parent, posts)):
         with pytest.raises(UserError, match="not a split of MVSA-single"):
             data.clmlf_split(folder, strange)
 
@@ -1127,8 +1130,7 @@ def test_biases_and_norms_are_not_decayed(net):
 def test_judge_by_hand():
     energies = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 0.5], [0.0, 0.0, 5.0]])
     by_hand = {"images": 3, "auc": (2 + 1 + 0) / 6, "recall@1": 1 / 3, "recall@5": 1.0,
-               "auc_pooled": (3 + 3 + 0) / 18,  # 1, 1, 5 against 2, 3, 2, .5, 0, 0
-               "energy_matched": 7 / 3, "energy_mismatched": 7.5 / 6}
+               "auc_pooled": (3 + 3 + 0) / 18}  # 1, 1, 5 against 2, 3, 2, .5, 0, 0
     assert pretrain.retrieval_metrics(energies) == pytest.approx(by_hand)
     flat = pretrain.retrieval_metrics(torch.ones(10, 10))  # an energy that says nothing must not score
     assert [flat[name] for name in ("auc", "auc_pooled", "recall@1", "recall@5")] == [0.5, 0.5, 0, 0]
@@ -1141,6 +1143,9 @@ def test_held_out_energies(net, images):
     matrix = pretrain.energy_matrix(net, features, draws=1)
     matched, mismatched = matrix.diagonal(), matrix[range(3), [2, 0, 1]]
     by_hand = torch.stack([matched.mean(), mismatched.mean(), (matched < mismatched).float().mean()]).tolist()
+    target = net.measure(*features).target
+    others = torch.stack([target[[j for j in range(3) if j != i]].mean(0) for i in range(3)])
+    assert figures["energy_position"] == pytest.approx((others - target).square().mean().item(), rel=1e-5)
     names = ("energy_matched", "energy_mismatched", "pair_accuracy")
     assert [figures[name] for name in names] == pytest.approx(by_hand, rel=1e-5)
     # the leak that would fake an AUC: a pair's energy must be the same wherever it stands in the matrix
@@ -1154,9 +1159,9 @@ def test_energy_maps_average_the_masks_that_hid_each_patch(net, images):
     while count.min() < 3:
         masks = sample_masks(net.grid, 1, draw)
         energies = net(*features, masks.expand(3)).patch_energy
-        for place in np.ndindex(*masks.target[0].shape):
+        for place in np.ndindex(*masks.target[0].shape):  # (block, its patch)
             patch = masks.target[0][place]
-            total[:, patch] += energies[:, place[0], place[1]].detach()
+            total[:, patch] += energies[(slice(None), *place)].detach()
             count[patch] += 1
         draw += 1
     assert torch.allclose(pretrain.energy_maps(net, *features, least=3), total / count, atol=1e-6) and draw > 3
@@ -1366,7 +1371,7 @@ def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained
     energies = [float(line[:6]) for line in lines]
     assert energies == sorted(energies) and len(set(energies)) == 3
     assert f"pair accuracy on the held-out images: {logged['pair_accuracy']:.2f}" in worth
-    assert [path.name for path in (tmp_path / "ranked").iterdir()] == ["maps.png"]
+    assert [path.name for path in (tmp_path / "ranked").glob("*.png")] == ["maps_1.png"]
     assert tree(pretrained.out) == before
 
 
@@ -1706,8 +1711,8 @@ def test_nothing_that_is_chosen_or_trained_sees_a_test_label(single):
     def learn(changed):
         y = single.y.copy()
         y[changed] = (y[changed] + 1) % 3
-        given = single.net, single.cache, single.features, y, single.split, 0, {}, args
-        found, choices, _ = finetune_mvsa.predict_rows(*given)
+        given = single.net, single.cache, single.features, y, single.split, 0, {}, Counter(), args
+        found, choices = finetune_mvsa.predict_rows(*given)
         return {row: values.tolist() for row, values in found.items()}, choices
 
     found, choices = learn(test[:0])
@@ -2006,7 +2011,7 @@ def test_make_says_what_it_would_run_and_does_not_do_again_what_is_done(tmp_path
         return subprocess.run(["make", *words], cwd=HERE, env=env, capture_output=True, text=True)
 
     listed = {line.split()[1] for line in make().stdout.splitlines()}
-    assert listed == {"help", "reproduce", "ablate", "bench", "test", "coco", "clean"}
+    assert listed == {"help", "reproduce", "pretrain", "picture", "ablate", "bench", "test", "coco", "clean"}
     first = make("check-preset", "DEVICE=cpu", "COCO=/nowhere", "MVSA=/nowhere").stdout
     assert first.startswith("reproduce: preset toy, data data/toy/coco") and "NOT the paper's" in first
     small = make("check-preset", "PRESET=small", "COCO=/a", "MVSA=/b").stdout
