@@ -1295,7 +1295,8 @@ def test_each_step_by_its_log_and_accumulation_equals_the_large_batch(pretrained
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
     for parts, clip in ((1, 0.05), (1, 1e6), (4, 1e6)):
-        options = ["--log_every", 1, "--accumulate", parts, "--clip", clip, "--out", tmp_path]
+        options = ["--log_every", 1, "--accumulate", parts, "--clip", clip, "--out", tmp_path,
+                   "--target", "image"]
         assert call(pretrain, *pretrained.options, *options).code == 0
         runs.append(run_state(tmp_path))
         for (norm, *rates), line in zip(steps[-4:], runs[-1]["log"], strict=True):
@@ -1993,7 +1994,7 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
     plain = "| plain | 2 | 0.250 ± 0.000 | 0.100 ± 0.000 | 0.400 ± 0.000 | 0.600 ± 0.141 | 0.500 ± 0.000 |"
     assert plain in done.out and "| image | 1 | 0.250 | 0.100 |" in done.out  # one run has no deviation
     assert "| plain | 66.0 ± 7.1 | 76.0 ± 7.1 | 66.0 ± 7.1 | 76.0 ± 7.1 |  | 76.0 ± 7.1 |" in done.out
-    assert "| *untrained* | 61.0 | 71.0 |  |  |  | 71.0 |" in done.out
+    assert "| *untrained* | 71.0 | 81.0 |  |  |  | 81.0 |" in done.out
 
 
 def test_the_readmes_block_for_a_model_of_ones_own_runs(pretrained):
