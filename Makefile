@@ -21,6 +21,12 @@ RUN_MVSA := $(if $(IS_TOY),$(TOY)/mvsa,$(MVSA))
 CACHE := $(if $(IS_TOY),$(TOY)/cache,data/cache)
 # The first table has all modes and SPLIT; the other protocols, on the toy or by PROTOCOLS="standard grouped", the probes.
 PROTOCOLS := $(if $(IS_TOY),standard grouped authors,standard)
+# f_I's file from `make weights`, where it is there: the end of timm's URL.
+WEIGHTS := data/weights
+JEPA_small := IN1K-vit.h.14-300e.pth.tar
+JEPA_medium := $(JEPA_small)
+JEPA_large := IN1K-vit.h.16-448px-300e.pth.tar
+IMAGE_WEIGHTS ?= $(if $(IMAGE_ENCODER),,$(shell file="$(WEIGHTS)/$(JEPA_$(PRESET))"; [ -f "$$file" ] && echo "$$file"))
 options_of = $(if $(filter standard,$(1)),$(if $(SPLIT),--split "$(SPLIT)"),--mode probe)
 ENCODERS := $(if $(IMAGE_WEIGHTS),--image_weights "$(IMAGE_WEIGHTS)") $(if $(TEXT_ENCODER),--text_encoder "$(TEXT_ENCODER)")
 BOTH := --device $(DEVICE) --dtype $(DTYPE) --cache "$(CACHE)" $(ENCODERS)
@@ -29,7 +35,7 @@ TRAIN := "$(PY)" $(if $(GPUS),-m torch.distributed.run --nproc_per_node=$(GPUS))
 EVAL := "$(PY)" pretrain.py $(BOTH) --eval
 JUDGE := "$(PY)" finetune_mvsa.py $(BOTH)
 
-.PHONY: help reproduce pretrain picture ablate bench test coco clean check-preset packages
+.PHONY: help reproduce pretrain picture ablate bench test coco weights clean check-preset packages
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 18
 
@@ -85,13 +91,11 @@ bench: packages ## how long each stage of a preset takes here; needs no data, [P
 test: packages ## run the tests, on the CPU and without network
 	@"$(PY)" -m pytest -q test_model.py
 
-coco: ## fetch COCO 2017 train images (19 GB) and captions into COCO=DIR, resuming what is half there
-	@mkdir -p "$(COCO)"
-	@for zip in annotations/annotations_trainval2017.zip zips/train2017.zip; do \
-		file="$(COCO)/$${zip##*/}"; \
-		[ -f "$$file" ] || { curl -fL -C - --retry 5 -o "$$file.part" http://images.cocodataset.org/$$zip && mv "$$file.part" "$$file"; } || exit; \
-		$(PYTHON3) -m zipfile -e "$$file" "$(COCO)" || exit; \
-	done
+coco: packages ## fetch COCO 2017's captions and first 10,000 images (1.6 GB) into COCO=DIR, resuming [IMAGES=N|all]
+	@"$(PY)" data.py coco "$(COCO)" --images $(or $(IMAGES:all=0),10000)
+
+weights: packages ## fetch f_I's file (about 10 GB) for make reproduce, resuming, [PRESET=small|medium|large]
+	@"$(PY)" data.py weights "$(WEIGHTS)" --preset $(PRESET)
 
 clean: ## remove the toy data and the toy results
 	@rm -rf "$(TOY)" out/toy out/ablate

@@ -2,6 +2,8 @@
 
     python data.py toy DIR                      write toy data in the official layouts: DIR/coco and DIR/mvsa
     python data.py check --coco DIR --mvsa DIR  look for both, and say what is missing and where to get it
+    python data.py coco DIR --images 10000      fetch COCO's captions and its first 10,000 images (0: all)
+    python data.py weights DIR --preset small   fetch f_I's weights
 
 One image-caption pair: COCO's json -> `load_coco` -> `FeatureCache` encodes it with f_I and f_T, once ->
 `epoch_order` draws its caption -> `FeatureCache.batches` reads its features -> the loop in pretrain.py.
@@ -23,7 +25,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import timm.data
@@ -34,7 +39,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from tqdm import tqdm
 
-from model import UserError
+from model import PRESETS, UserError, load_vit
 
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
 COCO_HELP = ("name its folder with --coco, run `make coco COCO=DIR`, or get train2017.zip and "
@@ -310,6 +315,117 @@ def epoch_order(cache, train, seed, epoch):
     rng = np.random.default_rng([seed, epoch])
     images = rng.permutation(train)
     return images, rng.integers(cache.first[images], cache.first[images + 1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Downloads: each goes on where it was cut off
+
+COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
+TIMEOUT = 30  # seconds without a byte
+PAUSES = (0, 1, 4, 16)  # seconds before each try
+NOT_FETCHED = (OSError, HTTPException, BadZipFile, KeyError)  # KeyError: a name that the zip lacks
+
+
+def fetch(url, path, memory=0):
+    """Fetch a large file, by way of `path`.part; to read it takes `memory` times its size. UserError for too
+    little disk or memory, or after several tries in a row that bring nothing new."""
+    part, tries = path.with_name(path.name + ".part"), 0
+    while not path.is_file():
+        if tries == len(PAUSES):
+            raise UserError(f"{url} cannot be fetched: {problem}; run again to go on, or remove {part}")
+        time.sleep(PAUSES[tries])
+        there = part.stat().st_size if part.exists() else 0
+        start = max(0, there - 1)  # the last byte again: a server refuses to send an empty rest
+        try:
+            # Some servers refuse urllib's own name.
+            request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "torch.hub"})
+            with urlopen(request, timeout=TIMEOUT) as answer, open(part, "ab") as file:
+                start *= answer.status == 206  # else it sends the whole file
+                size = start + int(answer.headers["Content-Length"] or 0)
+                # All of the memory: what is free leaves out the system's file cache, which gives way.
+                installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                free = shutil.disk_usage(path.parent).free
+                for what, takes, has in ("disk", size - there, free), ("memory", memory * size, installed):
+                    if takes > has:
+                        raise UserError(f"{url} takes {takes / 1e9:.3g} GB of {what}; here: {has / 1e9:.3g}")
+                file.truncate(start)
+                with tqdm.wrapattr(file, "write", size, initial=start, desc=path.name) as shown:
+                    shutil.copyfileobj(answer, shown)
+                file.flush()
+                os.fsync(file.fileno())
+            problem = "the connection breaks off"
+            if part.stat().st_size == size:
+                os.replace(part, path)
+        except NOT_FETCHED as error:
+            if getattr(error, "errno", None) in DISK_ERRORS:
+                raise UserError(f"{part} cannot be written: {error}") from error
+            problem = error
+        tries = 0 if part.exists() and part.stat().st_size > there else tries + 1
+    return path
+
+
+def fill(root, names, get):
+    """Write get(name) to root/name where there is none, 16 at a time, and try again what fails. UserError
+    names the first that fail each time; the others are kept."""
+    def attempt(name):
+        try:
+            content = get(name)
+        except NOT_FETCHED as error:
+            return error
+        (root / name).parent.mkdir(exist_ok=True)
+        with atomic_write(root / name) as file:
+            file.write(content)
+
+    for pause in (*PAUSES, None):
+        missing = [name for name in names if not (root / name).is_file()]
+        if not missing:
+            return
+        if pause is None:
+            raise UserError(f"{len(missing)} of {len(names)} cannot be fetched: {' '.join(missing[:5])} "
+                            f"({problem}); the others are in {root}. Run again, without a zip that is broken")
+        time.sleep(pause)
+        pool, in_a_row, problem = ThreadPoolExecutor(16), 0, None
+        try:
+            for error in tqdm(pool.map(attempt, missing), "fetch", len(missing), unit=" files"):
+                in_a_row, problem = in_a_row + 1 if error else 0, error or problem
+                if in_a_row == 100:  # it is the network
+                    break
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C waits for 16 files, not for all
+
+
+def fetch_coco(root, count):
+    """Fetch the captions and the images that load_coco(root, count) takes: one by one, or for 0 in the zip of
+    all. Raises UserError for what cannot be fetched."""
+    def zipped(name):
+        path = fetch(f"{COCO_URL}/{name}", root / Path(name).name)
+        try:
+            return ZipFile(path).read
+        except BadZipFile as error:
+            raise UserError(f"{path} is broken: remove it and run again") from error
+
+    captions = "annotations/captions_train2017.json"
+    if not (root / captions).is_file():
+        fill(root, [captions], zipped("annotations/annotations_trainval2017.zip"))
+    files, captioned = parse_captions((root / captions).read_bytes(), root / captions)
+    names = [f"train2017/{Path(name).name}" for image, name in sorted(files.items()) if image in captioned]
+    names, get = names[:count or None], lambda name: urlopen(f"{COCO_URL}/{name}", timeout=TIMEOUT).read()
+    if not count and not all((root / name).is_file() for name in names):
+        get = zipped("zips/train2017.zip")
+    fill(root, names, get)
+
+
+def fetch_weights(root, preset):
+    """Fetch f_I's file into `root`, or by huggingface if timm has it from there. Raises UserError."""
+    name = PRESETS[preset].image_encoder
+    config = timm.get_pretrained_cfg(name)
+    if config.hf_hub_id:
+        load_vit(name, "")
+        print(f"{name}: {config.hf_hub_id} is in huggingface's own cache, where runs find it by name")
+        return
+    print("I-JEPA's file is a whole training checkpoint (encoder, predictor, target encoder, optimiser), by "
+          "count about 10 GB, and is read into memory whole")
+    print(fetch(config.url, root / config.url.split("/")[-1], memory=1.25))  # a quarter more: f_I itself
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -785,6 +901,10 @@ def main(args):
     if args.command == "toy":
         write_toy(args.dir, args.images, args.posts, args.seed)
         return 0
+    if args.command in ("coco", "weights"):
+        with locked(args.dir, "the folder"):
+            args.fetch(Path(args.dir), args.what)
+        return 0
     missing = []
     for find, root in ((find_coco, args.coco), (find_mvsa, args.mvsa)):
         try:
@@ -797,7 +917,7 @@ def main(args):
 
 
 def run(argv=None):
-    """The two commands of the top of this file -> exit code, see run_command."""
+    """The commands of the top of this file -> exit code, see run_command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data",
@@ -809,6 +929,15 @@ def run(argv=None):
     check = commands.add_parser("check", help="look for the data")
     check.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
     check.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
+    coco = commands.add_parser("coco", help="fetch COCO 2017's captions and images")
+    coco.add_argument("dir", help="folder to make; gets train2017/ and annotations/")
+    coco.add_argument("--images", **number(int, 0), dest="what", default=10000,
+                      help="the first so many that have captions (0: all, as one zip of 19 GB)")
+    coco.set_defaults(fetch=fetch_coco)
+    weights = commands.add_parser("weights", help="fetch f_I's weights")
+    weights.add_argument("dir", help="folder to make; gets the file")
+    weights.add_argument("--preset", dest="what", required=True, choices=list(PRESETS)[1:])  # not the toy
+    weights.set_defaults(fetch=fetch_weights)
     args = parser.parse_args(argv)
     return run_command(lambda: main(args), "--images or --posts")
 

@@ -13,9 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import zipfile
+import zlib
 from collections import Counter
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -705,6 +709,109 @@ def test_coco_is_read_and_what_cannot_be_used_is_counted(toy, tmp_path):
     found, skipped = data.load_coco(tmp_path)
     assert skipped == {"captioned image not listed": 1, "image not on disk": 1, "image without caption": 1}
     assert [(path.name, texts) for path, texts in found] == [(path.name, texts) for path, texts in items[2:]]
+
+
+class BadConnection(BaseHTTPRequestHandler):
+    """Serves server.files slowly; its first answers about a path are what server.faults(path) lists."""
+
+    def do_GET(self):
+        server, body, start = self.server, self.server.files.get(self.path), 0
+        nth = [path for path, _ in server.asked].count(self.path)
+        fault = "404" if body is None else "".join(server.faults(self.path)[nth:nth + 1])
+        in_part = server.ranges and "Range" in self.headers
+        if in_part:
+            start = int(re.search(r"\d+", self.headers["Range"])[0])
+        server.asked.append((self.path, start))
+        if fault.isdigit() or in_part and start >= len(body):
+            return self.send_error(int(fault or 416))
+        self.send_response(206 if in_part else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        for at in range(start, (start + len(body)) // 2 if fault == "cut" else len(body), 10000):
+            time.sleep(0.002)
+            self.wfile.write(body[at:at + 10000])
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def server(toy, monkeypatch):
+    """A server at 127.0.0.1, where data.py then looks for the toy's COCO."""
+    def zipped(folder):
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            for name, held in tree(toy / "coco" / folder).items():
+                archive.writestr(f"{folder}/{name}", held)
+        return content.getvalue()
+
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), BadConnection) as server:
+        server.url, server.asked, server.ranges = f"http://127.0.0.1:{server.server_port}", [], True
+        server.files = {f"/{name}": held for name, held in tree(toy / "coco").items() if held}
+        server.files["/annotations/annotations_trainval2017.zip"] = zipped("annotations")
+        server.files["/zips/train2017.zip"] = zipped("train2017")
+        server.faults = lambda path: ["500", "cut"][:zlib.crc32(path.encode()) % 3]
+        monkeypatch.setattr(data, "PAUSES", (0, 0, 0))
+        monkeypatch.setattr(data, "COCO_URL", server.url)
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        yield server
+        server.shutdown()
+
+
+def test_download_of_images_completes_over_a_bad_connection_and_is_not_done_again(toy, server, tmp_path):
+    assert call(data, "coco", tmp_path, "--images", 30).code == 0
+    assert len(server.asked) > len(set(server.asked)) > 30
+    items, expected = data.load_coco(tmp_path)[0], data.load_coco(toy / "coco", 30)[0]
+    assert [(path.name, texts) for path, texts in items] == [(path.name, texts) for path, texts in expected]
+    server.asked.clear()
+    assert call(data, "coco", tmp_path, "--images", 30).code == 0 and not server.asked
+    done = call(data, "coco", tmp_path, "--images", 42)  # the last one is listed, but nowhere
+    assert done.code == 2 and "1 of 42" in done.err and "000000000041.jpg (HTTP Error 404" in done.err
+    assert {**tree(tmp_path), **tree(toy / "coco")} == tree(tmp_path) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_download_of_the_zip_is_unpacked_once_and_names_what_it_lacks(toy, server, tmp_path):
+    server.faults = lambda path: ["cut", "500", "cut"]
+    done = call(data, "coco", tmp_path, "--images", 0)
+    assert done.code == 2 and "1 of 42" in done.err and "000000000041.jpg" in done.err
+    assert all(path.endswith("2017.zip") for path, _ in server.asked)
+    assert {**tree(tmp_path), **tree(toy / "coco")} == tree(tmp_path)
+    (tmp_path / "train2017.zip").write_bytes(b"cut off")
+    done = call(data, "coco", tmp_path, "--images", 0)
+    assert done.code == 2 and f"{tmp_path}/train2017.zip is broken" in done.err
+    (tmp_path / "train2017/000000000041.jpg").touch()
+    server.asked.clear()
+    assert call(data, "coco", tmp_path, "--images", 0).code == 0 and not server.asked
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_of_weights_goes_on_where_it_broke_off(server, tmp_path, monkeypatch, ranges):
+    content = os.urandom(1_000_000)
+    server.files, server.ranges, options = {"/f_I.tar": content}, ranges, ["weights", tmp_path, "--preset"]
+    server.faults = lambda path: ["500", "cut", "500", "500", "500"]
+    config = SimpleNamespace(url=f"{server.url}/f_I.tar", hf_hub_id=None)
+    monkeypatch.setattr(data.timm, "get_pretrained_cfg", lambda name: config)
+    done = call(data, *options, "small")
+    assert done.code == 2 and "HTTP Error 500" in done.err and f"{tmp_path}/f_I.tar.part" in done.err
+    for _ in range(2):
+        assert call(data, *options, "medium").code == 0 and tree(tmp_path)["f_I.tar"] == content
+    assert [start for _, start in server.asked] == [0, 0, *4 * [499_999 * ranges]]
+    os.rename(tmp_path / "f_I.tar", tmp_path / "f_I.tar.part")  # killed just before the last step
+    assert call(data, *options, "small").code == 0 and tree(tmp_path)["f_I.tar"] == content
+    (tmp_path / "f_I.tar").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sysconf", lambda name: 1000)  # 1 MB; the file takes a quarter more
+        assert "0.00125 GB of memory; here: 0.001" in call(data, *options, "small").err
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=999_999))
+    done = call(data, *options, "large")
+    assert done.code == 2 and "0.001 GB of disk" in done.err and not (tmp_path / "f_I.tar").exists()
+    config.hf_hub_id = "timm/vit"
+    done = call(data, *options, "tiny")
+    assert done.code == 2 and "vit_tiny_patch16_224 cannot be loaded from the hub" in done.err
+    monkeypatch.setattr(data, "load_vit", lambda *given: None)
+    assert "timm/vit is in huggingface's own cache" in call(data, *options, "tiny").out
 
 
 def test_each_epoch_draws_every_image_once_with_one_caption():
@@ -2012,12 +2119,20 @@ def test_make_says_what_it_would_run_and_does_not_do_again_what_is_done(tmp_path
         return subprocess.run(["make", *words], cwd=HERE, env=env, capture_output=True, text=True)
 
     listed = {line.split()[1] for line in make().stdout.splitlines()}
-    assert listed == {"help", "reproduce", "pretrain", "picture", "ablate", "bench", "test", "coco", "clean"}
+    assert listed == set("help reproduce pretrain picture ablate bench test coco weights clean".split())
     first = make("check-preset", "DEVICE=cpu", "COCO=/nowhere", "MVSA=/nowhere").stdout
     assert first.startswith("reproduce: preset toy, data data/toy/coco") and "NOT the paper's" in first
     small = make("check-preset", "PRESET=small", "COCO=/a", "MVSA=/b").stdout
     assert "preset small, data /a and /b" in small and "NOT" not in small
     assert make("check-preset", "PRESET=huge").returncode == 2
+    for images, limit in (("", "10000"), ("IMAGES=7", "7"), ("IMAGES=all", "0")):
+        assert f"--images {limit}\n" in make("-n", "coco", "VENV=", images or "DEVICE=cpu").stdout
+    for preset in ("small", "medium", "large"):  # what `make weights` fetched is used
+        config = timm.get_pretrained_cfg(model.PRESETS[preset].image_encoder)
+        (tmp_path / Path(config.url).name).touch()
+        words = ["-n", "pretrain", "VENV=", f"WEIGHTS={tmp_path}", f"PRESET={preset}"]
+        assert f'--image_weights "{tmp_path / Path(config.url).name}"' in make(*words).stdout
+        assert "--image_weights" not in make(*words, "IMAGE_ENCODER=another").stdout
     places = [f"COCO={tmp_path}", f"MVSA={tmp_path}", f"OUT={tmp_path}", f"PY={tmp_path}/python"]
     assert "preset small" in make("check-preset", *places).stdout  # both there: the paper's run
     (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\ncase "$*" in *$FAIL*) exit 1;; esac\n')
