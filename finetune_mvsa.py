@@ -493,14 +493,14 @@ def make_table(results, config, args, start_share):
     return "\n\n".join(parts) + "\n"
 
 
-def plot_confusion(results, path):
-    """The confusion matrices of the last row, a picture for each set."""
+def plot_confusion(results, path, args):
+    """The confusion matrices of the last row, a picture for each set, posts of all seeds together."""
     figure = Figure((4 * len(results), 3.6), layout="tight")
     for axis, (kind, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
         row, scores = list(found["scores"].items())[-1]
         matrix = metrics.ConfusionMatrixDisplay(np.array(scores["confusion"]), display_labels=data.LABELS)
         matrix.plot(ax=axis, cmap="Blues", colorbar=False).ax_.set_title(NAMES[kind])
-    figure.suptitle(row)
+    figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)
     figure.savefig(path, dpi=100)
 
 
@@ -577,7 +577,7 @@ def main(args):
         header = ("set", "seed", "row", "id", "label", "prediction", *data.LABELS)
         with data.atomic_write(path.with_name(f"predictions{ending}.csv")) as file:
             csv.writer(codecs.getwriter("utf-8")(file)).writerows([header, *lines])
-        plot_confusion(results, path.with_name(f"confusion{ending}.png"))
+        plot_confusion(results, path.with_name(f"confusion{ending}.png"), args)
         tools = ("torch", "timm", "transformers", "sklearn", "numpy")
         versions = {name: sys.modules[name].__version__ for name in tools}
         data.write_json(path, {  # the last file: when it is there, all are

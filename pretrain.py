@@ -660,7 +660,7 @@ def bench(args):
     # 5 seeds, 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
     tuning = 5 * 3 * 5 * posts * (0.8 * (tune / B + took["optimiser"] / 32) + 0.1 * score / B)
     report.update({
-        "to download, f_I and f_T, GB": 4e-9 * (sum(p.numel() for p in f_I.parameters()) + f_T_weights),
+        "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * (sum(p.numel() for p in f_I.parameters()) + f_T_weights),
         "disk for the features, GB": 2e-9 * ((pairs + posts) * N * f_I.dim
                                              + (5 * pairs + posts) * TOKENS * f_T.dim),
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
@@ -678,15 +678,18 @@ def bench(args):
 
 def plot_curves(log, path):
     """The log lines -> a picture of the numbers against the step."""
-    panels = (("loss", "energy_matched", "energy_mismatched"), ("pair_accuracy",),
-              ("target_std", "prediction_std"), ("target_rank",))
+    panels = {"training loss, held-out energies": ("loss", "energy_matched", "energy_mismatched",
+                                                   "energy_position"),
+              "pair accuracy (grey: chance)": ("pair_accuracy",),
+              "std over held-out images": ("target_std", "prediction_std"),
+              "effective rank of the targets": ("target_rank",)}
     figure = Figure((4 * len(panels), 3.2), layout="tight")
     axes = figure.subplots(1, len(panels))
-    for axis, names in zip(axes, panels):
+    for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
             values = np.array([line[name] for line in log], dtype=float)  # null becomes nan: a gap
             axis.plot([line["step"] for line in log], values, label=name, marker=".")
-        axis.set(xlabel="step")
+        axis.set(xlabel="optimiser step", title=title)
         axis.legend()
     axes[1].axhline(0.5, color="grey", linewidth=0.8)  # chance
     figure.savefig(path, dpi=100)
@@ -700,7 +703,7 @@ def plot_energies(energies, path):
     bins = np.histogram_bin_edges(energies.numpy(), 40)
     for name, values in (("matched", energies.diagonal()), ("mismatched", mismatched)):
         axis.hist(values.numpy(), bins, density=True, alpha=0.6, label=f"{name} ({len(values)})")
-    axis.set(xlabel="energy", ylabel="density")
+    axis.set(xlabel="energy", ylabel="density of pairs", title="held-out images and captions")
     axis.legend()
     figure.savefig(path, dpi=100)
 
