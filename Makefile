@@ -83,7 +83,7 @@ out/ablate/%/results.json: Makefile $(wildcard *.py)
 	@mkdir -p $(@D)
 	@$(TRAIN) --coco "$(TOY)/coco" --out $(@D) --seed $(seed_of) $($(variant_of)) > $(@D)/log.txt 2>&1
 	@$(EVAL) $(@D)/checkpoint.pt --coco "$(TOY)/coco" >> $(@D)/log.txt 2>&1
-	@$(JUDGE) --checkpoint $(@D)/checkpoint.pt --mvsa "$(TOY)/mvsa" --out $(@D) --seeds 0 1 2 --mode probe $(if $(filter plain,$(variant_of)),finetune) >> $(@D)/log.txt 2>&1
+	@$(JUDGE) --checkpoint $(@D)/checkpoint.pt --mvsa "$(TOY)/mvsa" --out $(@D) --seeds 0 1 2 --mode probe >> $(@D)/log.txt 2>&1
 
 bench: packages ## how long each stage of a preset takes here; needs no data, [PRESET=... IMAGES=N POSTS=N DEVICE= DTYPE=]
 	@"$(PY)" pretrain.py --bench --preset $(PRESET) --device $(DEVICE) --dtype $(DTYPE) $(if $(IMAGES),--max_images $(IMAGES)) $(if $(POSTS),--posts $(POSTS))
