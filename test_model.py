@@ -1836,7 +1836,8 @@ def test_nothing_that_is_chosen_or_trained_sees_a_test_label(single):
 def test_the_probe_is_scikit_learns_logistic_regression(monkeypatch, missing):
     rng = fresh_rng()
     x = (rng.normal(size=(300, 20)) * rng.uniform(0.1, 5, 20) + rng.normal(size=20)).astype(np.float32)
-    y = (x[:, :3] / x[:, :3].std(0) + rng.gumbel(size=(300, 3)) + [1, 0, -1]).argmax(1)
+    standard = (x[:, :3] - x[:, :3].mean(0)) / x[:, :3].std(0)
+    y = (standard + rng.gumbel(size=(300, 3)) + [1, 0, -1]).argmax(1)  # of 200, none of the three is missing
     x[:, 19] = 0.3  # a feature that never changes
     train, validation = np.flatnonzero(y[:200] != missing), np.arange(200, 250)
     scaler, found = StandardScaler().fit(x[train]), []
@@ -2104,13 +2105,20 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
     assert "| *untrained* | 71.0 | 81.0 |  |  |  | 81.0 |" in done.out
 
 
-def test_the_readmes_block_for_a_model_of_ones_own_runs(pretrained):
-    block, = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert len(block.splitlines()) <= 10 and "encode(" in block
+def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
+    pairs, own = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(pairs, {})
+    files, captions = data.parse_captions(Path("captions_train2017.json").read_bytes(), "")
+    assert files == {0: "a.jpg", 1: "b.jpg"} and captions == {0: ["a red dog"], 1: ["two cats"]}
     names = {}
-    exec(block.replace("out/toy/checkpoint.pt", str(pretrained.checkpoint)), names)
-    assert names["logits"].shape == (2, 10) and names["net"].predictor.mask_token.grad is None
+    places = {"out/toy/checkpoint.pt": pretrained.checkpoint, "data/toy": toy}
+    exec(re.sub("|".join(places), lambda found: str(places[found[0]]), own), names)
+    words = {word for group in (*(names for _, names in data.COLOURS), *data.PATTERNS) for word in group}
+    assert all(word in words for caption in names["captions"] for word in caption.split())  # the toy's own
+    assert names["energies"].shape == (2,) and names["logits"].shape == (2, 10)
     names["logits"].sum().backward()
+    assert names["net"].predictor.mask_token.grad is None
 
 
 def test_make_says_what_it_would_run_and_does_not_do_again_what_is_done(tmp_path):
