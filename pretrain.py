@@ -606,11 +606,10 @@ def bench(args):
     images = torch.randn(B, *f_I.data_config["input_size"])
     s_image = torch.randn(B, N, f_I.dim).to(device, net.dtype)
     text = torch.randn(B, TOKENS, f_T.dim).to(device, net.dtype), torch.ones(B, TOKENS, device=device) > 0
-    step = {"number": 0}  # the state of the step that is measured
+    step = {}  # the state of the step that is measured
 
     def draw():
-        step["masks"] = model.sample_masks(net.grid, B, args.seed, step["number"]).to(device)
-        step["number"] += 1
+        step["masks"] = model.sample_masks(net.grid, B, args.seed).to(device)
 
     def ahead():
         step["loss"] = forward(s_image, *text, step["masks"]).energy.mean()
@@ -630,9 +629,8 @@ def bench(args):
              "optimiser": update, "EMA": lambda: net.update_target(0.996)}
     took = dict(zip(parts, median_seconds(device, parts.values())))
     encode, = median_seconds(device, [lambda: net.frozen_image(images)], 5)
-    # finetune_mvsa.py trains on a quarter of the patches, and scores on all
     tune, score = median_seconds(device, [lambda: pool(net.context_encoder, N // 4).backward(),
-                                          lambda: pool(net.target_encoder, N)], 10)
+                                          lambda: pool(net.target_encoder, N)], 10)  # as finetune_mvsa.py
     whole = sum(took[part] * args.accumulate for part in ("masks", "forward", "backward"))
     whole += took["optimiser"] + took["EMA"]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -659,13 +657,15 @@ def bench(args):
     steps = args.epochs * (pairs // args.batch_size)
     # 5 seeds, 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
     tuning = 5 * 3 * 5 * posts * (0.8 * (tune / B + took["optimiser"] / 32) + 0.1 * score / B)
+    weights = sum(p.numel() for p in f_I.parameters()) + f_T_weights
     report.update({
-        "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * (sum(p.numel() for p in f_I.parameters()) + f_T_weights),
+        "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * weights,
         "disk for the features, GB": 2e-9 * ((pairs + posts) * N * f_I.dim
                                              + (5 * pairs + posts) * TOKENS * f_T.dim),
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
         f"minutes to pretrain, {steps} steps": steps * whole / 60,
         f"minutes to encode {posts} posts": posts * (image + caption) / 60,
+        "minutes to pool them, 9 encoders": 9 * posts * score / B / 60,
         "minutes of fine-tuning, 5 seeds": tuning / 60})
     for what, value in report.items():
         print(f"{what:40}{value:10.4g}")

@@ -1289,7 +1289,7 @@ def test_bench_prints_its_figures_and_needs_no_data(tmp_path, monkeypatch):
                 "--posts", 70, "--device", "cpu")
     assert done.code == 0 and not list(tmp_path.iterdir()), done.err
     figures = {line[:40].strip(): float(line[40:]) for line in done.out.splitlines()}
-    assert len(figures) == 19 and min(figures.values()) > 0
+    assert len(figures) == 20 and min(figures.values()) > 0
     ms, rates = (figures[name] for name in ("step of 8 images, ms", "encode by f_I, images/s"))
     assert figures["minutes to pretrain, 30 steps"] == pytest.approx(30 * ms / 60000, rel=1e-2)
     assert 70 / rates / 60 < figures["minutes to encode 70 posts"] < figures["minutes to encode 80 pairs"]
