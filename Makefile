@@ -11,7 +11,7 @@ MVSA := data/mvsa
 PRESET := $(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(MAKECMDGOALS)" = pretrain ] && echo small || echo toy)
 OUT := out/$(PRESET)
 # Passed on to both scripts: DEVICE=cpu, DTYPE=bfloat16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, CACHE=DIR. To pretrain.py:
-# IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image, SEED=N, GPUS=N processes. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
+# IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image, SEED=N, GPUS=N processes, ARGS=any. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
 DEVICE := auto
 DTYPE := auto
 TOY := data/toy
@@ -31,7 +31,7 @@ options_of = $(if $(filter standard,$(1)),$(if $(SPLIT),--split "$(SPLIT)"),--mo
 ENCODERS := $(if $(IMAGE_WEIGHTS),--image_weights "$(IMAGE_WEIGHTS)") $(if $(TEXT_ENCODER),--text_encoder "$(TEXT_ENCODER)")
 BOTH := --device $(DEVICE) --dtype $(DTYPE) --cache "$(CACHE)" $(ENCODERS)
 TRAIN := "$(PY)" $(if $(GPUS),-m torch.distributed.run --nproc_per_node=$(GPUS)) pretrain.py $(BOTH) --resume \
-	$(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TARGET),--target $(TARGET)) $(if $(SEED),--seed $(SEED))
+	$(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TARGET),--target $(TARGET)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 EVAL := "$(PY)" pretrain.py $(BOTH) --eval
 JUDGE := "$(PY)" finetune_mvsa.py $(BOTH)
 
@@ -74,7 +74,7 @@ RUNS := $(foreach variant,$(VARIANTS),$(foreach seed,0 1 2,out/ablate/$(variant)
 
 ablate: packages ## what collapses and what does not: seven variants x 3 seeds on the toy data, one table
 	@"$(PY)" data.py toy "$(TOY)"
-	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 PRESET=toy TARGET= SEED= EPOCHS= $(RUNS)
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 PRESET=toy TARGET= SEED= EPOCHS= ARGS= $(RUNS)
 	@"$(PY)" finetune_mvsa.py --ablate out/ablate
 
 variant_of = $(word 1,$(subst -, ,$*))

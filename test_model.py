@@ -2109,7 +2109,7 @@ def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
     pairs, own = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(pairs, {})
-    files, captions = data.parse_captions(Path("captions_train2017.json").read_bytes(), "")
+    files, captions = data.parse_captions(Path("annotations/captions_train2017.json").read_bytes(), "")
     assert files == {0: "a.jpg", 1: "b.jpg"} and captions == {0: ["a red dog"], 1: ["two cats"]}
     names = {}
     places = {"out/toy/checkpoint.pt": pretrained.checkpoint, "data/toy": toy}
