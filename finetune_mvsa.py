@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn import metrics
+from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 import data
@@ -168,14 +169,12 @@ def fit_probe(x, y, train, validation):
 
     In the coordinates u = L^T w, L the Cholesky factor of a bound of the unweighted Hessian (Boehning 1992),
     L-BFGS takes about 30 passes over the features for each C, and gives the same head as a slower solver."""
-    x, y, K = torch.from_numpy(x), torch.from_numpy(y), len(data.LABELS)
-    labels, n, D = y[train], len(train), x.shape[1]
+    scaler, K, n, D = StandardScaler().fit(x[train]), len(data.LABELS), len(train), x.shape[1]
+    labels = torch.from_numpy(y[train])
     counts = labels.bincount(minlength=K)
     if (counts > 0).sum() < 2:
         raise UserError(f"all training posts are {data.LABELS[labels[0]]}: a head needs two labels")
-    mean, std = x[train].mean(0), x[train].std(0, correction=0)
-    std = torch.where(std > 1e-6, std, 1)
-    x_train, x_validation = ((x[part] - mean) / std for part in (train, validation))
+    x_train = torch.from_numpy(scaler.transform(x[train]))  # [n, D] in float32, as x is
     weights = class_weights(labels)[:, labels].T  # [n, 2]
     never = torch.where(counts > 0, 0.0, -30.0)  # a label that no training post has stays impossible
     gram = x_train.T @ x_train / n  # [D, D]
@@ -201,10 +200,11 @@ def fit_probe(x, y, train, validation):
         w = torch.linalg.solve_triangular(L.T, u.detach(), upper=True)
         for k, found in enumerate(fitted):
             head = torch.nn.Linear(D, K).requires_grad_(False)
+            std = torch.from_numpy(scaler.scale_)
             scaled = w.unflatten(1, (2, K))[:, k].double() / std[:, None]  # [D, 3]
             head.weight.copy_(scaled.T)
-            head.bias.copy_(bias.detach()[k] + never - mean.double() @ scaled)
-            accuracy = metrics.accuracy_score(y[validation], head(x[validation]).argmax(1))
+            head.bias.copy_(bias.detach()[k] + never - torch.from_numpy(scaler.mean_) @ scaled)
+            accuracy = metrics.accuracy_score(y[validation], probabilities_of(head, x[validation]).argmax(1))
             found.append((head, {"C": c, "balanced": bool(k), "validation": accuracy}))
     return max(fitted[0] + fitted[1], key=lambda one: one[1]["validation"])  # of equals the first
 
