@@ -44,7 +44,7 @@ import data
 import finetune_mvsa
 import model
 import pretrain
-from model import Masks, UserError, sample_masks
+from model import UserError, sample_masks
 
 # tqdm shares its lock with forks: one that is killed while it holds it would stop all the others
 os.register_at_fork(after_in_child=lambda: tqdm.set_lock(multiprocessing.RLock()))
