@@ -427,8 +427,8 @@ def judge(net, folders, seconds, args):
                 "scores": {row: score(values, y) for row, values in rows.items()},
                 "differences": {f"{a} minus {b}": bootstrap(rows[a], rows[b], y) for a, b in COMPARED
                                 if a in rows and b in rows}}
+            others = np.setdiff1d(splits[args.seeds[0]][2], repeated)  # with --split all seeds test the same
             for row, values in rows.items():
-                others = np.setdiff1d(np.flatnonzero(~np.isnan(values[0, :, 0])), repeated)
                 if args.split and len(others):
                     right = values[:, others].argmax(2) == y[others]  # [seeds, posts]
                     results[kind]["scores"][row][WITHOUT_REPEATS] = (100 * right.mean(1)).tolist()
