@@ -113,11 +113,12 @@ packages:
 	@$(PY) -c "import sys, importlib.util as u; m = [p for p in 'torch transformers timm numpy sklearn matplotlib tqdm pytest PIL'.split() if not u.find_spec(p)]; sys.exit('missing in $$(command -v $(PY)): ' + ', '.join(m) + '; pip install -r requirements.txt' if m else 0)"
 else
 packages: $(VENV)/installed
+# Of two makes at once, the second waits and finds it done.
 $(VENV)/installed: requirements.txt
 	@echo "installing requirements.txt into $(VENV) (torch is large: minutes)" >&2
 	@$(PYTHON3) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, not " + sys.version.split()[0] + ": make PYTHON3=python3.11 ...")'
 	@$(PYTHON3) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON3) lacks its venv module: install it (Debian: apt install python3-venv), or VENV= to use its packages" >&2; exit 1; }
-	@$(PYTHON3) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
-	@touch $@
+	@mkdir -p $(VENV)
+	@$(PYTHON3) -c 'import fcntl, subprocess, sys; lock = open(sys.argv[1], "w"); fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[2:]))' \
+		$(VENV)/.lock sh -c '[ $@ -nt requirements.txt ] || { $(PYTHON3) -m venv $(VENV) && $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt && touch $@; }'
 endif

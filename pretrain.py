@@ -572,7 +572,7 @@ def evaluate(args):
 # --bench: how long will it take here?
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
-TOKENS = 16  # of a caption and of a post
+TOKENS = 24  # of a caption or a post, padded to the longest of its batch
 
 
 def median_seconds(device, parts, steps=100, most=30):
@@ -590,29 +590,23 @@ def median_seconds(device, parts, steps=100, most=30):
     return np.median(rounds[1:], axis=0).tolist()
 
 
-def bench(args):
-    """The --bench command: a training step's parts on random features of the preset's shapes, f_I without its
-    weights, and what the longest stages of `make reproduce` take by them."""
-    device, config = model.pick_device(args.device), make_config(args, [])
-    f_T = torch.nn.Module()
-    f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]
-    f_I = model.ImageEncoder(config.image_encoder, pretrained=False)
-    net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype).train()
+def time_parts(args, net, optimizer, B):
+    """The median seconds of each part of a training step, and of what the other stages repeat, on B images:
+    {part: seconds}; and the GFLOP of one image in f_I and in the trained half."""
+    device, scaler = net.device, torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
     forward = torch.compile(net, dynamic=True) if args.compile else net
-    optimizer = build_optimizer(net)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    scaler = torch.amp.GradScaler(device.type, enabled=net.dtype == torch.float16)
-    B, N = args.batch_size // args.accumulate, math.prod(net.grid)
-    images = torch.randn(B, *f_I.data_config["input_size"])
+    f_I, N, trained = net.image_encoder, math.prod(net.grid), [p for p in net.parameters() if p.requires_grad]
+    images = torch.randn(data.ENCODE_BATCH, *f_I.data_config["input_size"])
     s_image = torch.randn(B, N, f_I.dim).to(device, net.dtype)
-    text = torch.randn(B, TOKENS, f_T.dim).to(device, net.dtype), torch.ones(B, TOKENS, device=device) > 0
-    step = {}  # the state of the step that is measured
+    s_text = torch.randn(B, TOKENS, net.text_encoder.dim).to(device, net.dtype)
+    features = s_image, s_text, torch.ones(B, TOKENS, device=device, dtype=torch.bool)
+    numbers, step = itertools.count(), {}  # the state of the step that is measured
 
-    def draw():
-        step["masks"] = model.sample_masks(net.grid, B, args.seed).to(device)
+    def draw():  # other sizes each time
+        step["masks"] = model.sample_masks(net.grid, B, args.seed, next(numbers)).to(device)
 
     def ahead():
-        step["loss"] = forward(s_image, *text, step["masks"]).energy.mean()
+        step["loss"] = forward(*features, step["masks"]).energy.mean()
 
     def update():
         scaler.unscale_(optimizer)
@@ -623,40 +617,71 @@ def bench(args):
 
     def pool(encoder, patches):
         with net.autocast():
-            return encoder(s_image[:, :patches], *text).float().mean()
+            return encoder(s_image[:, :patches], *features[1:]).float().mean()
 
     parts = {"masks": draw, "forward": ahead, "backward": lambda: scaler.scale(step["loss"]).backward(),
              "optimiser": update, "EMA": lambda: net.update_target(0.996)}
     took = dict(zip(parts, median_seconds(device, parts.values())))
-    encode, = median_seconds(device, [lambda: net.frozen_image(images)], 5)
-    tune, score = median_seconds(device, [lambda: pool(net.context_encoder, N // 4).backward(),
-                                          lambda: pool(net.target_encoder, N)], 10)  # as finetune_mvsa.py
-    whole = sum(took[part] * args.accumulate for part in ("masks", "forward", "backward"))
+    others = {"encode": lambda: net.frozen_image(images), "score": lambda: pool(net.target_encoder, N),
+              "tune": lambda: pool(net.context_encoder, N // 8).backward()}  # as finetune_mvsa.py
+    for part, work in others.items():
+        took[part], = median_seconds(device, [work], 10)
+    one = [tensor[:1] for tensor in features]
+    gflop = []
+    for work in ((lambda: net.frozen_image(images[:1])),
+                 lambda: net(*one, step["masks"].slice(0, 1)).energy.mean().backward()):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted anywhere
+            work()
+        gflop.append(counter.get_total_flops() / 1e9)
+    return took, gflop
+
+
+def bench(args):
+    """The --bench command: a training step's parts on random features of the preset's shapes, f_I without its
+    weights, and what the longest stages of `make reproduce` take by them."""
+    device, config = model.pick_device(args.device), make_config(args, [])
+    f_T = torch.nn.Module()
+    f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]
+    f_I = model.ImageEncoder(config.image_encoder, pretrained=False)
+    net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype).train()
+    optimizer = build_optimizer(net)
+    N, trained = math.prod(net.grid), sum(p.numel() for p in net.parameters() if p.requires_grad)
+    for accumulate in range(args.accumulate, args.batch_size + 1):
+        B, rest = divmod(args.batch_size, accumulate)
+        if rest:
+            continue
+        try:
+            took, gflop = time_parts(args, net, optimizer, B)
+            break
+        except torch.OutOfMemoryError:
+            print(f"--accumulate {accumulate}: {B} images at a time do not fit the memory")
+    else:
+        raise UserError("not even one image at a time fits the memory: take a smaller preset")
+    whole = sum(took[part] * accumulate for part in ("masks", "forward", "backward"))
     whole += took["optimiser"] + took["EMA"]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-    gflop = []
-    for work in ((lambda: net.frozen_image(images)), lambda: [ahead(), step["loss"].backward()]):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted anywhere
-            work()
-        gflop.append(counter.get_total_flops() / B / 1e9)
-    report = {f"{part}, ms for {B} images": 1000 * seconds for part, seconds in took.items()}
+    image = took["encode"] / data.ENCODE_BATCH  # seconds for one image
+    report = {f"{part}, ms for {B} images": 1000 * took[part]
+              for part in ("masks", "forward", "backward", "optimiser", "EMA")}
     report.update({
-        f"step of {args.batch_size} images, ms": 1000 * whole, "training, images/s": args.batch_size / whole,
-        "encode by f_I, images/s": B / encode, "f_I, GFLOP per image": gflop[0],
-        "trained half, GFLOP per image": gflop[1], "what the cache saves, by FLOPs": sum(gflop) / gflop[1],
-        "trained weights, million": sum(p.numel() for p in trained) / 1e6, "peak memory, GB": memory / 1e9})
+        f"step of {args.batch_size} images, --accumulate {accumulate}, ms": 1000 * whole,
+        "training, images/s": args.batch_size / whole, "encode by f_I, images/s": 1 / image,
+        "f_I, GFLOP per image": gflop[0], "trained half, GFLOP per image": gflop[1],
+        "what the cache saves, by FLOPs": sum(gflop) / gflop[1],
+        "trained weights, million": trained / 1e6, "peak memory, GB": memory / 1e9})
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for card, peak in PEAK_TFLOPS.items():
         if card in name:
             report[f"MFU on {name}, %"] = 0.1 * gflop[1] * args.batch_size / whole / peak
-    image, posts = encode / B, args.posts  # seconds an image
+    posts, held_out = args.posts, args.held_out or 100
     pairs = args.max_images or {"toy": 1100}.get(args.preset, 118287)
     caption = image * 2e-9 * f_T_weights * TOKENS / gflop[0]  # f_T at f_I's rate: it is not built
-    steps = args.epochs * (pairs // args.batch_size)
+    steps = args.epochs * ((pairs - held_out) // args.batch_size)
+    energies = held_out ** 2 * args.eval_masks
     # 5 seeds, 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
-    tuning = 5 * 3 * 5 * posts * (0.8 * (tune / B + took["optimiser"] / 32) + 0.1 * score / B)
+    tuning = 5 * 3 * 5 * posts * (0.8 * (took["tune"] / B + took["optimiser"] / 32) + 0.1 * took["score"] / B)
     weights = sum(p.numel() for p in f_I.parameters()) + f_T_weights
     report.update({
         "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * weights,
@@ -664,11 +689,12 @@ def bench(args):
                                              + (5 * pairs + posts) * TOKENS * f_T.dim),
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
         f"minutes to pretrain, {steps} steps": steps * whole / 60,
+        f"minutes for {energies} energies": energies * took["forward"] / B / 60,
         f"minutes to encode {posts} posts": posts * (image + caption) / 60,
-        "minutes to pool them, 9 encoders": 9 * posts * score / B / 60,
+        "minutes to pool them, 9 encoders": 9 * posts * took["score"] / B / 60,
         "minutes of fine-tuning, 5 seeds": tuning / 60})
     for what, value in report.items():
-        print(f"{what:40}{value:10.4g}")
+        print(f"{what:44}{value:10.4g}")
     return 0
 
 

@@ -1286,22 +1286,41 @@ def test_bench_prints_its_figures_and_needs_no_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrain.median_seconds, "__defaults__", (4, 60))  # rounds, seconds
     done = call(pretrain, "--bench", "--batch_size", 8, "--accumulate", 2, "--epochs", 3, "--max_images", 80,
-                "--posts", 70, "--device", "cpu")
+                "--held_out", 8, "--posts", 70, "--device", "cpu")
     assert done.code == 0 and not list(tmp_path.iterdir()), done.err
-    figures = {line[:40].strip(): float(line[40:]) for line in done.out.splitlines()}
-    assert len(figures) == 20 and min(figures.values()) > 0
-    ms, rates = (figures[name] for name in ("step of 8 images, ms", "encode by f_I, images/s"))
-    assert figures["minutes to pretrain, 30 steps"] == pytest.approx(30 * ms / 60000, rel=1e-2)
+    figures = {line[:44].strip(): float(line[44:]) for line in done.out.splitlines()}
+    assert len(figures) == 21 and min(figures.values()) > 0
+    step = "step of 8 images, --accumulate 2, ms"
+    ms, rates = figures[step], figures["encode by f_I, images/s"]
+    assert figures["minutes to pretrain, 27 steps"] == pytest.approx(27 * ms / 60000, rel=1e-2)  # 8 held out
     assert 70 / rates / 60 < figures["minutes to encode 70 posts"] < figures["minutes to encode 80 pairs"]
-    features = 2e-9 * (150 * 36 * 96 + (5 * 80 + 70) * 16 * 96)
+    features = 2e-9 * (150 * 36 * 96 + (5 * 80 + 70) * pretrain.TOKENS * 96)
     assert figures["disk for the features, GB"] == pytest.approx(features, rel=1e-2)
-    images = figures["training, images/s"] * figures["step of 8 images, ms"] / 1000
-    assert images == pytest.approx(8, rel=1e-3)
+    assert figures["training, images/s"] * ms / 1000 == pytest.approx(8, rel=1e-3)
     # f_I by hand: 37 tokens of width 96, 2 blocks of 12 D^2 + 2 N D multiply-adds, 36 patches of 192 values
     by_hand = 2 * (2 * 37 * (12 * 96 ** 2 + 2 * 37 * 96) + 36 * 192 * 96) / 1e9
     frozen, trained = (figures[f"{half}, GFLOP per image"] for half in ("f_I", "trained half"))
     assert frozen == pytest.approx(by_hand, rel=1e-3)
     assert figures["what the cache saves, by FLOPs"] == pytest.approx((frozen + trained) / trained, rel=1e-3)
+
+
+def test_bench_says_which_accumulate_fits_the_memory(monkeypatch):
+    monkeypatch.setattr(pretrain.median_seconds, "__defaults__", (1, 1))
+    forward = model.TIJEPA.forward
+
+    def full(net, s_image, *rest):
+        if len(s_image) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(net, s_image, *rest)
+
+    monkeypatch.setattr(model.TIJEPA, "forward", full)
+    done = call(pretrain, "--bench", "--batch_size", 6, "--device", "cpu")
+    refused = [line for line in done.out.splitlines() if "do not fit" in line]
+    assert done.code == 0 and [line.split()[1] for line in refused] == ["1:", "2:"], done.err
+    assert "step of 6 images, --accumulate 3, ms" in done.out
+    monkeypatch.setattr(model.TIJEPA, "forward", lambda *_: full(None, range(9)))
+    done = call(pretrain, "--bench", "--batch_size", 6, "--device", "cpu")
+    assert done.code == 2 and "not even one image" in done.err
 
 
 def run_log(out):
