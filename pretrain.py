@@ -623,7 +623,7 @@ def time_parts(args, net, optimizer, B):
              "optimiser": update, "EMA": lambda: net.update_target(0.996)}
     took = dict(zip(parts, median_seconds(device, parts.values())))
     others = {"encode": lambda: net.frozen_image(images), "score": lambda: pool(net.target_encoder, N),
-              "tune": lambda: pool(net.context_encoder, N // 8).backward()}  # as finetune_mvsa.py
+              "tune": lambda: pool(net.context_encoder, max(9, N // 16)).backward()}  # as finetune_mvsa.py
     for part, work in others.items():
         took[part], = median_seconds(device, [work], 10)
     one = [tensor[:1] for tensor in features]

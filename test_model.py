@@ -1875,7 +1875,9 @@ def test_the_probe_is_scikit_learns_logistic_regression(monkeypatch, missing):
         monkeypatch.setattr(finetune_mvsa, "max", lambda heads, key: heads[balanced], raising=False)
         head, choice = finetune_mvsa.fit_probe(x, y, train, validation)
         assert np.allclose(finetune_mvsa.probabilities_of(head, x), expected, atol=2e-3)
-        assert choice == {"C": c, "balanced": balanced, "validation": pytest.approx(accuracy, abs=0.021)}
+        loss = -np.log(expected[validation, y[validation]].clip(1e-7)).mean()
+        assert choice == {"C": c, "balanced": balanced, "validation": pytest.approx(accuracy, abs=0.021),
+                          "loss": pytest.approx(loss, abs=2e-2)}
     monkeypatch.undo()
     best = max(one[3] for one in found)
     assert finetune_mvsa.fit_probe(x, y, train, validation)[1]["validation"] == pytest.approx(best, abs=0.021)
