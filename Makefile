@@ -110,7 +110,11 @@ check-preset:
 
 ifeq ($(VENV),)
 packages:
-	@$(PY) -c "import sys, importlib.util as u; m = [p for p in 'torch transformers timm numpy sklearn matplotlib tqdm pytest PIL'.split() if not u.find_spec(p)]; sys.exit('missing in $$(command -v $(PY)): ' + ', '.join(m) + '; pip install -r requirements.txt' if m else 0)"
+	@"$(PY)" -c "import sys, importlib.util as u; u.find_spec('packaging') or sys.exit(sys.executable + ' lacks the packages; pip install -r requirements.txt'); \
+	from importlib.metadata import distributions; from packaging.requirements import Requirement; \
+	have = {found.name.lower(): found.version for found in distributions()}; \
+	lacks = [str(r) for r in map(Requirement, open('requirements.txt').read().split()) if not r.specifier.contains(have.get(r.name, '0'), prereleases=True)]; \
+	sys.exit(sys.executable + ' lacks ' + ', '.join(lacks) + '; pip install -r requirements.txt' if lacks else 0)"
 else
 packages: $(VENV)/installed
 # Of two makes at once, the second waits and finds it done.
