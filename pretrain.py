@@ -622,8 +622,11 @@ def time_parts(args, net, optimizer, B):
     parts = {"masks": draw, "forward": ahead, "backward": lambda: scaler.scale(step["loss"]).backward(),
              "optimiser": update, "EMA": lambda: net.update_target(0.996)}
     took = dict(zip(parts, median_seconds(device, parts.values())))
+    x = torch.randn(max(1, args.posts * 8 // 10), net.text_encoder.dim + f_I.dim)  # of the training posts
+    w = torch.randn(x.shape[1], 6)
     others = {"encode": lambda: net.frozen_image(images), "score": lambda: pool(net.target_encoder, N),
-              "tune": lambda: pool(net.context_encoder, max(9, N // 16)).backward()}  # as finetune_mvsa.py
+              "tune": lambda: pool(net.context_encoder, max(9, N // 16)).backward(),  # as finetune_mvsa.py
+              "probe": lambda: x.T @ x, "pass of a probe": lambda: x.T @ (x @ w)}
     for part, work in others.items():
         took[part], = median_seconds(device, [work], 10)
     one = [tensor[:1] for tensor in features]
@@ -682,6 +685,9 @@ def bench(args):
     energies = held_out ** 2 * args.eval_masks
     # 5 seeds, 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
     tuning = 5 * 3 * 5 * posts * (0.8 * (took["tune"] / B + took["optimiser"] / 32) + 0.1 * took["score"] / B)
+    # 5 seeds of rows of these widths in all, about 30 passes over the features for each of 3 C
+    widths = 3 + 6 * config.dim / (f_T.dim + f_I.dim)
+    probes = 5 * widths * (took["probe"] + 90 * took["pass of a probe"])
     weights = sum(p.numel() for p in f_I.parameters()) + f_T_weights
     report.update({
         "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * weights,
@@ -692,7 +698,7 @@ def bench(args):
         f"minutes for {energies} energies": energies * took["forward"] / B / 60,
         f"minutes to encode {posts} posts": posts * (image + caption) / 60,
         "minutes to pool them, 9 encoders": 9 * posts * took["score"] / B / 60,
-        "minutes of fine-tuning, 5 seeds": tuning / 60})
+        "minutes of probes, 5 seeds": probes / 60, "minutes of fine-tuning, 5 seeds": tuning / 60})
     for what, value in report.items():
         print(f"{what:44}{value:10.4g}")
     return 0

@@ -1289,7 +1289,7 @@ def test_bench_prints_its_figures_and_needs_no_data(tmp_path, monkeypatch):
                 "--held_out", 8, "--posts", 70, "--device", "cpu")
     assert done.code == 0 and not list(tmp_path.iterdir()), done.err
     figures = {line[:44].strip(): float(line[44:]) for line in done.out.splitlines()}
-    assert len(figures) == 21 and min(figures.values()) > 0
+    assert len(figures) == 22 and min(figures.values()) > 0
     step = "step of 8 images, --accumulate 2, ms"
     ms, rates = figures[step], figures["encode by f_I, images/s"]
     assert figures["minutes to pretrain, 27 steps"] == pytest.approx(27 * ms / 60000, rel=1e-2)  # 8 held out
