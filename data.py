@@ -344,9 +344,8 @@ def fetch(url, path, memory=0):
                     if takes > has:
                         raise UserError(f"{url} takes {takes / 1e9:.3g} GB of {what}; here: {has / 1e9:.3g}")
                 file.truncate(start)
-                # A picture needs no bar of its own.
-                bar = {"initial": start, "desc": path.name, "disable": size < 1e7}
-                with tqdm.wrapattr(file, "write", size, **bar) as shown:
+                with tqdm.wrapattr(file, "write", size, initial=start, desc=path.name,
+                                   disable=size < 1e7) as shown:  # a picture needs no bar of its own
                     shutil.copyfileobj(answer, shown)
                 file.flush()
                 os.fsync(file.fileno())
