@@ -317,7 +317,6 @@ def epoch_order(cache, train, seed, epoch):
 # Downloads: each goes on where it was cut off
 
 COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
-TIMEOUT = 30  # seconds without a byte
 PAUSES = (0, 1, 4, 16)  # seconds before each try
 
 
@@ -334,7 +333,7 @@ def fetch(url, path, memory=0):
         try:
             # Some servers refuse urllib's own name.
             request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "torch.hub"})
-            with urlopen(request, timeout=TIMEOUT) as answer, open(part, "ab") as file:
+            with urlopen(request, timeout=30) as answer, open(part, "ab") as file:  # 30 s without a byte
                 start *= answer.status == 206  # else it sends the whole file
                 size = start + int(answer.headers["Content-Length"] or 0)
                 # All of the memory: what is free leaves out the system's file cache, which gives way.
@@ -637,14 +636,13 @@ def read_labels(labels):
 
 
 def decode_text(content):
-    """A raw post -> text: the files mix UTF-8 and GBK-family bytes; Latin-1 takes whatever is left."""
+    """A raw post -> text: the files mix UTF-8 and GBK-family bytes."""
     utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # the GBK family would read it as other words
-    for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030"):
+    for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030", "latin-1"):
         try:
             return content.decode(encoding).strip()
         except UnicodeDecodeError:
-            pass  # the next encoding
-    return content.decode("latin-1").strip()
+            pass  # the next encoding; Latin-1 takes whatever is left
 
 
 def load_mvsa(folder):
@@ -710,8 +708,7 @@ def repeats(posts, train, *parts):
 
 
 def duplicate_groups(posts):
-    """Posts -> [P] group numbers: one for all that are linked by images of the same bytes or texts of the
-    same words."""
+    """Posts -> [P] group numbers: one for all that are linked by the same image bytes or the same words."""
     first, edges = {}, []
     for i, post in enumerate(posts):
         edges += [(i, first.setdefault(key, i)) for key in post_keys(post)]
@@ -812,8 +809,7 @@ def write_toy_coco(root, count, rng):
 
 
 def write_toy_mvsa(root, count, voters, rng):
-    """MVSA's layout: `count` posts to keep; conflicts, missing majorities (Multi), a broken image, GBK. Most
-    things in the picture have the mood `image`, and the one that the text names first has the mood `text`."""
+    """MVSA's layout: `count` posts to keep; conflicts, missing majorities (Multi), a broken image, GBK."""
     (root / "data").mkdir(parents=True, exist_ok=True)
     rows, kept, number = [["ID"] + ["text,image"] * voters], 0, 0
     while kept < count:
@@ -828,9 +824,9 @@ def write_toy_mvsa(root, count, voters, rng):
         kept += bool(merge_labels(LABELS[text], LABELS[image]) and not undecided)
         rows.append([str(number)] + [f"{LABELS[t]},{LABELS[i]}" for t, i in votes])
         shown = rng.integers(3, size=(4, 2))
-        shown[rng.random(4) < 0.8, 0] = image
+        shown[rng.random(4) < 0.8, 0] = image  # the mood of most things in the picture
         named = rng.integers(3, size=(4, 2))
-        named[0, 0] = text
+        named[0, 0] = text  # and of the one that the text names first
         toy_image(shown, rng).save(root / "data" / f"{number}.jpg", quality=92)
         words = toy_text(named, rng) + " #caf\u00e9" * (number == 3)
         (root / "data" / f"{number}.txt").write_bytes(words.encode("gb18030"))
@@ -885,23 +881,20 @@ def run(argv=None):
     toy.add_argument("--images", **number(int, 1), default=1100, help="pictures with captions")
     toy.add_argument("--posts", **number(int, 1), default=1000, help="posts of Single; Multi twice that")
     toy.add_argument("--seed", **number(int, 0), default=0, help="the same seed gives the same bytes")
-    toy.set_defaults(command=write_toy)
     both = commands.add_parser("check", help="look for the data")
     both.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
     both.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
-    both.set_defaults(command=check)
     coco = commands.add_parser("coco", help="fetch COCO 2017's captions and images")
     coco.add_argument("root", metavar="dir", type=Path, help="folder to make; gets train2017/, annotations/")
     coco.add_argument("--images", **number(int, 0), default=10000,
                       help="the first so many that have captions (0: all, as one zip of 19 GB)")
-    coco.set_defaults(command=fetch_coco)
     weights = commands.add_parser("weights", help="fetch f_I's weights")
     weights.add_argument("root", metavar="dir", type=Path, help="folder to make; gets the file")
     weights.add_argument("--preset", required=True, choices=list(PRESETS)[1:])  # not the toy
-    weights.set_defaults(command=fetch_weights)
-    options = vars(parser.parse_args(argv))
-    command = options.pop("command")  # a function of the options of its name
-    return run_command(lambda: command(**options), "--images or --posts")
+    functions = {"toy": write_toy, "check": check, "coco": fetch_coco, "weights": fetch_weights}
+    options = vars(parser.parse_args(argv))  # but for the command, the function's arguments
+    function = functions[options.pop("command")]
+    return run_command(lambda: function(**options), "--images or --posts")
 
 
 if __name__ == "__main__":
