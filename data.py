@@ -590,12 +590,6 @@ def find_mvsa(root):
     return found
 
 
-def majority(votes):
-    """The word that more than half of the votes name, or None."""
-    word, count = Counter(votes).most_common(1)[0]
-    return word if 2 * count > len(votes) else None
-
-
 def merge_labels(text, image):
     """A post's label from those of its parts: neutral gives way, positive with negative gives None (Niu et
     al. 2016, as in CLMLF and all later work)."""
@@ -626,12 +620,13 @@ def read_labels(labels):
             raise UserError(f"{labels}, line {line}: not an id and {columns} times text,image of {LABELS}")
         if post in kept or post in skipped:
             raise UserError(f"{labels}, line {line}: id {post} is there a second time")
-        text, image = (majority(part) for part in zip(*votes))
-        label = merge_labels(text, image) if text and image else None
+        # What more than half of the annotators say of the text, and of the image
+        agreed = [word for part in zip(*votes) for word in LABELS if 2 * part.count(word) > columns]
+        label = merge_labels(*agreed) if len(agreed) == 2 else None
         if label:
             kept[post] = LABELS.index(label)
         else:
-            skipped[post] = "text and image of opposite polarity" if text and image else "no majority"
+            skipped[post] = "text and image of opposite polarity" if len(agreed) == 2 else "no majority"
     return {1: "single", 3: "multi"}[columns], kept, skipped
 
 
