@@ -981,11 +981,10 @@ def test_a_full_disk_is_said_and_nothing_half_made_is_believed(encoded, tmp_path
     def build():
         data.FeatureCache(tmp_path, encoded.items, encoded.net, 1)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
-        with pytest.raises(UserError, match=rf"takes .* GB in {tmp_path}.*--cache DIR"):
-            build()
-        assert list(tree(folder)) == [".lock"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match=rf"takes .* GB in {tmp_path}.*--cache DIR"):
+        build()
+    assert list(tree(folder)) == [".lock"]
 
     def full(file):  # another process fills it meanwhile
         synced.append(file)
@@ -993,6 +992,7 @@ def test_a_full_disk_is_said_and_nothing_half_made_is_believed(encoded, tmp_path
             raise OSError(data.errno.ENOSPC, "no room")
         fsync(file)
 
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
     monkeypatch.setattr(os, "fsync", full)
     for whole in (0, 32):  # of so many items: within the first chunk, and within the second
         assert data.run_command(build, "") == 2
