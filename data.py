@@ -12,7 +12,6 @@ import argparse
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -21,11 +20,14 @@ import shutil
 import struct
 import sys
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import chain, pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile
@@ -53,8 +55,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPER
 
 
 def number(kind, least, most=math.inf):
-    """add_argument's options for an int or float from `least` (or "above 0") to `most`, never nan or inf: its
-    type, and its range for --help."""
+    """add_argument's type and metavar for a finite number from `least` (or "above 0") to `most`."""
     def parse(text):
         value = kind(text)
         enough = value > 0 if least == "above 0" else value >= least  # False for nan
@@ -85,14 +86,14 @@ class Unbreakable:
 
 
 def run_command(command, memory):
-    """command() -> exit code: after a sentence 2 for what the user can mend (`memory`: the options to lower),
-    1 for a loss that is not finite, 130 for Ctrl-C."""
+    """command() -> its exit code, or 0. After a sentence: 2 for what the user can mend (`memory`: the options
+    to lower), 1 for a loss that is not finite, 130 for Ctrl-C."""
     nowhere = open(os.devnull, "w")  # for a process that was started without an output
     out, err = Unbreakable(sys.stdout or nowhere), Unbreakable(sys.stderr or nowhere)
     code = 2
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            return command()
+            return command() or 0
         except UserError as error:
             text = error
         except FloatingPointError as error:
@@ -105,8 +106,8 @@ def run_command(command, memory):
             name = error.filename or "a file of --out or --cache"
             text = f"{name} cannot be written or read: {error.strerror}; mend it or name another folder"
         except (MemoryError, RuntimeError) as error:
-            full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not full and "can't allocate memory" not in str(error):  # torch's words on a CPU
+            words = "out of memory|can't allocate memory"  # torch's own, on a GPU and on a CPU
+            if not isinstance(error, MemoryError) and not re.search(words, str(error)):
                 raise
             text = f"out of memory; lower {memory}\n  ({str(error)[:200]})"
         print(f"error: {text}", file=sys.stderr)
@@ -148,11 +149,10 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind an error of its own
-        found = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(found, OSError):
-            raise
-        found.filename = str(path)
-        raise found
+        for found in (error, error.__context__):
+            if isinstance(found, OSError):
+                raise OSError(found.errno, found.strerror, str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)  # only after an error: on a full disk it would be in the way
 
@@ -189,14 +189,10 @@ def read_file(path):
 
 def read_ahead(load, keys):
     """load(key) for each key, the next one in a thread while the caller computes."""
-    pending = []
     with ThreadPoolExecutor(1) as reader:
-        for key in keys:
-            pending.append(reader.submit(load, key))
-            if len(pending) == 2:
-                yield pending.pop(0).result()
-        for last in pending:
-            yield last.result()
+        results = (reader.submit(load, key) for key in keys)
+        for result, _ in pairwise(chain(results, [None])):  # the next one is submitted before this is given
+            yield result.result()
 
 
 def describe(counts):
@@ -321,25 +317,23 @@ def epoch_order(cache, train, seed, epoch):
 # Downloads: each goes on where it was cut off
 
 COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
-TIMEOUT = 30  # seconds without a byte
 PAUSES = (0, 1, 4, 16)  # seconds before each try
-NOT_FETCHED = (OSError, HTTPException, BadZipFile, KeyError)  # KeyError: a name that the zip lacks
 
 
 def fetch(url, path, memory=0):
-    """Fetch a large file, by way of `path`.part; to read it takes `memory` times its size. UserError for too
-    little disk or memory, or after several tries in a row that bring nothing new."""
+    """Fetch a file, by way of `path`.part; to read it takes `memory` times its size. UserError for too little
+    disk or memory, or after several tries in a row that bring nothing new."""
     part, tries = path.with_name(path.name + ".part"), 0
     while not path.is_file():
         if tries == len(PAUSES):
-            raise UserError(f"{url} cannot be fetched: {problem}; run again to go on, or remove {part}")
+            raise UserError(f"{url} ({problem}) cannot be fetched: run again to go on, or remove {part}")
         time.sleep(PAUSES[tries])
         there = part.stat().st_size if part.exists() else 0
         start = max(0, there - 1)  # the last byte again: a server refuses to send an empty rest
         try:
             # Some servers refuse urllib's own name.
             request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "torch.hub"})
-            with urlopen(request, timeout=TIMEOUT) as answer, open(part, "ab") as file:
+            with urlopen(request, timeout=30) as answer, open(part, "ab") as file:  # 30 s without a byte
                 start *= answer.status == 206  # else it sends the whole file
                 size = start + int(answer.headers["Content-Length"] or 0)
                 # All of the memory: what is free leaves out the system's file cache, which gives way.
@@ -349,70 +343,62 @@ def fetch(url, path, memory=0):
                     if takes > has:
                         raise UserError(f"{url} takes {takes / 1e9:.3g} GB of {what}; here: {has / 1e9:.3g}")
                 file.truncate(start)
-                with tqdm.wrapattr(file, "write", size, initial=start, desc=path.name) as shown:
+                with tqdm.wrapattr(file, "write", size, initial=start, desc=path.name,
+                                   disable=size < 1e7) as shown:  # a picture needs no bar of its own
                     shutil.copyfileobj(answer, shown)
                 file.flush()
                 os.fsync(file.fileno())
             problem = "the connection breaks off"
             if part.stat().st_size == size:
                 os.replace(part, path)
-        except NOT_FETCHED as error:
-            if getattr(error, "errno", None) in DISK_ERRORS:
-                raise UserError(f"{part} cannot be written: {error}") from error
+        except (OSError, HTTPException) as error:
             problem = error
         tries = 0 if part.exists() and part.stat().st_size > there else tries + 1
     return path
 
 
-def fill(root, names, get):
-    """Write get(name) to root/name where there is none, 16 at a time, and try again what fails. UserError
-    names the first that fail each time; the others are kept."""
-    def attempt(name):
-        try:
-            content = get(name)
-        except NOT_FETCHED as error:
-            return error
+def fill(root, names, archive=""):
+    """Fetch what `root` lacks of COCO's files `names`, 16 at a time: each alone, or all in the zip `archive`.
+    UserError names the first that fail; the others are kept."""
+    def missing():
+        return [name for name in names if not (root / name).is_file()]
+
+    def get(name):
         (root / name).parent.mkdir(exist_ok=True)
-        with atomic_write(root / name) as file:
-            file.write(content)
-
-    for pause in (*PAUSES, None):
-        missing = [name for name in names if not (root / name).is_file()]
-        if not missing:
-            return
-        if pause is None:
-            raise UserError(f"{len(missing)} of {len(names)} cannot be fetched: {' '.join(missing[:5])} "
-                            f"({problem}); the others are in {root}. Run again, without a zip that is broken")
-        time.sleep(pause)
-        pool, in_a_row, problem = ThreadPoolExecutor(16), 0, None
         try:
-            for error in tqdm(pool.map(attempt, missing), "fetch", len(missing), unit=" files"):
-                in_a_row, problem = in_a_row + 1 if error else 0, error or problem
-                if in_a_row == 100:  # it is the network
-                    break
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C waits for 16 files, not for all
+            if not archive:
+                fetch(f"{COCO_URL}/{name}", root / name)
+            else:
+                with atomic_write(root / name) as file:
+                    file.write(opened.read(name))
+        except (UserError, KeyError, BadZipFile, zlib.error) as error:  # KeyError: the zip lacks it
+            return error
 
-
-def fetch_coco(root, count):
-    """Fetch the captions and the images that load_coco(root, count) takes: one by one, or for 0 in the zip of
-    all. Raises UserError for what cannot be fetched."""
-    def zipped(name):
-        path = fetch(f"{COCO_URL}/{name}", root / Path(name).name)
+    todo, errors = missing(), []
+    if archive and todo:
+        path = fetch(f"{COCO_URL}/{archive}", root / Path(archive).name)
         try:
-            return ZipFile(path).read
+            opened = ZipFile(path)
         except BadZipFile as error:
             raise UserError(f"{path} is broken: remove it and run again") from error
+    with ThreadPool(16) as pool:  # of daemons: Ctrl-C waits for none of them
+        for error in tqdm(pool.imap(get, todo), "fetch", len(todo), unit=" files", disable=not todo):
+            errors.append(error)
+            if len(errors) >= 25 and all(errors[-25:]):  # 100 tries in a row: it is the network
+                break
+    if lacking := missing():
+        raise UserError(f"{len(lacking)} of {len(names)} cannot be fetched: {' '.join(lacking[:5])}; run "
+                        f"again, without a zip that is broken\n  {next(filter(None, errors))}")
 
+
+def fetch_coco(root, images):
+    """Fetch the captions and images that load_coco(root, images) takes: one by one, or for 0 in one zip."""
     captions = "annotations/captions_train2017.json"
-    if not (root / captions).is_file():
-        fill(root, [captions], zipped("annotations/annotations_trainval2017.zip"))
-    files, captioned = parse_captions((root / captions).read_bytes(), root / captions)
-    names = [f"train2017/{Path(name).name}" for image, name in sorted(files.items()) if image in captioned]
-    names, get = names[:count or None], lambda name: urlopen(f"{COCO_URL}/{name}", timeout=TIMEOUT).read()
-    if not count and not all((root / name).is_file() for name in names):
-        get = zipped("zips/train2017.zip")
-    fill(root, names, get)
+    with locked(root, "the folder"):
+        fill(root, [captions], "annotations/annotations_trainval2017.zip")
+        files, captioned = parse_captions((root / captions).read_bytes(), root / captions)
+        names = [f"train2017/{Path(name).name}" for i, name in sorted(files.items()) if i in captioned]
+        fill(root, names[:images or None], "" if images else "zips/train2017.zip")
 
 
 def fetch_weights(root, preset):
@@ -425,7 +411,8 @@ def fetch_weights(root, preset):
         return
     print("I-JEPA's file is a whole training checkpoint (encoder, predictor, target encoder, optimiser), by "
           "count about 10 GB, and is read into memory whole")
-    print(fetch(config.url, root / config.url.split("/")[-1], memory=1.25))  # a quarter more: f_I itself
+    with locked(root, "the folder"):
+        print(fetch(config.url, root / config.url.split("/")[-1], memory=1.25))  # a quarter more: f_I itself
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -462,6 +449,7 @@ class FeatureCache:
         self.folder = Path(root) / self.key
         self.shapes = {"image.npy": (len(items), math.prod(net.grid), net.image_encoder.dim),
                        "text.npy": (sum(tokens), net.text_encoder.dim)}
+        self.size = 2 * sum(map(math.prod, self.shapes.values()))  # bytes
         with locked(self.folder, "--cache", wait=True):
             done, self.unreadable = self.progress()
             if done < len(items):
@@ -473,60 +461,46 @@ class FeatureCache:
         print(f"features: {self.folder}, {len(items)} images ({len(self.unreadable)} unreadable), "
               f"{len(self.texts)} texts{note}")
         self.on_device = {}
-        size = sum((self.folder / name).stat().st_size for name in FILES)
-        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 2:  # half to train
-            for name in FILES:
+        if self.device.type == "cuda" and self.size < torch.cuda.mem_get_info(self.device)[0] / 2:
+            for name in FILES:  # the other half is to train
                 self.on_device[name] = torch.from_numpy(np.load(self.folder / name)).to(self.device)
-
-    def whole(self, name):
-        """Whether a file has the header and the size that it must have. OSError if there is none."""
-        shape, header = self.shapes[name], io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        with open(self.folder / name, "rb") as file:
-            same = file.read(header.tell()) == header.getvalue()
-            return same and os.fstat(file.fileno()).st_size == header.tell() + 2 * math.prod(shape)
 
     def progress(self):
         """How many items are encoded, and the unreadable ones: (0, []) unless all is as `build` left it."""
         try:
             done, unreadable, check = json.loads((self.folder / "done.json").read_text())
-            right = check == digest([self.key, done, unreadable]) and all(map(self.whole, FILES))
-        except (OSError, ValueError, TypeError, RecursionError):
-            right = False
+            files = [np.lib.format.open_memmap(self.folder / name, mode="r") for name in FILES]
+        except (OSError, ValueError, TypeError, RecursionError):  # ValueError: a file that is cut short, too
+            return 0, []
+        shapes = [file.shape for file in files if file.dtype == np.float16]
+        right = shapes == [*self.shapes.values()] and check == digest([self.key, done, unreadable])
         return (done, unreadable) if right else (0, [])
 
     def reserve(self):
-        """Make the empty files with all their room: under a memory map, a full disk kills the process. Raises
-        UserError, and leaves no file, if there is too little."""
+        """Make the files, all zeros. UserError, and none of them, if there is too little room."""
         for name in ("done.json", *FILES):
             (self.folder / name).unlink(missing_ok=True)  # what is replaced needs no room
-        needed = sum(2 * math.prod(shape) for shape in self.shapes.values())
         free = shutil.disk_usage(self.folder).free
-        room = f"the feature cache takes {needed / 1e9:.3g} GB in {self.folder}, {free / 1e9:.3g} GB are free"
+        room = f"the cache takes {self.size / 1e9:.3g} GB in {self.folder}, {free / 1e9:.3g} GB are free"
         print(room)
-        try:
-            if needed > free:
-                raise OSError(errno.ENOSPC, "too little room")
-            for name, shape in self.shapes.items():
-                np.lib.format.open_memmap(self.folder / name, "w+", np.float16, shape)
-                if hasattr(os, "posix_fallocate"):  # not on macOS
-                    with open(self.folder / name, "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            for name in FILES:
-                (self.folder / name).unlink(missing_ok=True)
-            if error.errno != errno.ENOSPC:
-                raise
-            raise UserError(f"{room}: name another folder with --cache DIR") from error
+        if self.size > free:
+            raise UserError(f"{room}: name another folder with --cache DIR")
+        for name, shape in self.shapes.items():
+            np.lib.format.open_memmap(self.folder / name, "w+", np.float16, shape)  # takes no room yet
 
     def write(self, name, index, rows):
-        """Rows [R, ...] to the disk, at `index`. Raises UserError for what float16 cannot hold."""
+        """Rows [R, ...] to the disk, at these numbers; not by a memory map, under which a full disk kills the
+        process. Raises UserError for what float16 cannot hold."""
         rows = rows.cpu().half()
         if not rows.isfinite().all():
             raise UserError(f"the encoder's features for {name} do not fit float16: take another encoder")
-        array = np.load(self.folder / name, mmap_mode="r+")
-        array[index] = rows.numpy()
-        array.flush()
+        begin = np.load(self.folder / name, mmap_mode="r").offset
+        with open(self.folder / name, "r+b") as file:
+            for i, row in zip(index, rows.numpy()):
+                file.seek(begin + i * row.nbytes)
+                file.write(row.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
     def build(self, net, workers, done):
         """Encode the items from number `done` on; a chunk counts when done.json says so."""
@@ -558,7 +532,7 @@ class FeatureCache:
                     s_text, mask = net.frozen_text(texts)  # [B, L, D_T], [B, L]
                     rows = self.offsets[n:n + len(texts) + 1]
                     assert mask.sum(1).tolist() == np.diff(rows).tolist()  # or later texts would be misplaced
-                    self.write("text.npy", slice(rows[0], rows[-1]), s_text[mask])
+                    self.write("text.npy", range(rows[0], rows[-1]), s_text[mask])
                 state = [end, self.unreadable]
                 write_json(self.folder / "done.json", [*state, digest([self.key, *state])])
 
@@ -616,12 +590,6 @@ def find_mvsa(root):
     return found
 
 
-def majority(votes):
-    """The word that more than half of the votes name, or None."""
-    word, count = Counter(votes).most_common(1)[0]
-    return word if 2 * count > len(votes) else None
-
-
 def merge_labels(text, image):
     """A post's label from those of its parts: neutral gives way, positive with negative gives None (Niu et
     al. 2016, as in CLMLF and all later work)."""
@@ -652,24 +620,24 @@ def read_labels(labels):
             raise UserError(f"{labels}, line {line}: not an id and {columns} times text,image of {LABELS}")
         if post in kept or post in skipped:
             raise UserError(f"{labels}, line {line}: id {post} is there a second time")
-        text, image = (majority(part) for part in zip(*votes))
-        label = merge_labels(text, image) if text and image else None
+        # What more than half of the annotators say of the text, and of the image
+        agreed = [word for part in zip(*votes) for word in LABELS if 2 * part.count(word) > columns]
+        label = merge_labels(*agreed) if len(agreed) == 2 else None
         if label:
             kept[post] = LABELS.index(label)
         else:
-            skipped[post] = "text and image of opposite polarity" if text and image else "no majority"
+            skipped[post] = "text and image of opposite polarity" if len(agreed) == 2 else "no majority"
     return {1: "single", 3: "multi"}[columns], kept, skipped
 
 
 def decode_text(content):
-    """A raw post -> text: the files mix UTF-8 and GBK-family bytes; Latin-1 takes whatever is left."""
+    """A raw post -> text: the files mix UTF-8 and GBK-family bytes."""
     utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # the GBK family would read it as other words
-    for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030"):
+    for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030", "latin-1"):
         try:
             return content.decode(encoding).strip()
         except UnicodeDecodeError:
-            pass  # the next encoding
-    return content.decode("latin-1").strip()
+            pass  # the next encoding; Latin-1 takes whatever is left
 
 
 def load_mvsa(folder):
@@ -704,8 +672,6 @@ def random_split(labels, seed):
     """Labels [P] -> indices of train, validation and test, 8:1:1, at random: the authors' way."""
     order = np.random.default_rng(seed).permutation(len(labels))
     tenth = len(order) // 10
-    if not tenth:
-        raise UserError(f"cannot split {len(order)} posts 8:1:1")
     return order[2 * tenth:], order[:tenth], order[tenth:2 * tenth]
 
 
@@ -737,8 +703,7 @@ def repeats(posts, train, *parts):
 
 
 def duplicate_groups(posts):
-    """Posts -> [P] group numbers: one for all that are linked by images of the same bytes or texts of the
-    same words."""
+    """Posts -> [P] group numbers: one for all that are linked by the same image bytes or the same words."""
     first, edges = {}, []
     for i, post in enumerate(posts):
         edges += [(i, first.setdefault(key, i)) for key in post_keys(post)]
@@ -822,16 +787,6 @@ def toy_text(things, rng):
     return " ".join(rng.choice(words) for pair in pairs for words in pair)
 
 
-def toy_post(text_mood, image_mood, rng):
-    """Two moods (indices into LABELS) -> (image, text) of a post: most things in the picture and the one that
-    the text names first have them, the others any."""
-    shown = rng.integers(3, size=(4, 2))
-    shown[rng.random(4) < 0.8, 0] = image_mood
-    named = rng.integers(3, size=(4, 2))
-    named[0, 0] = text_mood
-    return toy_image(shown, rng), toy_text(named, rng)
-
-
 def write_toy_coco(root, count, rng):
     """COCO's layout, with one broken image and one that is listed but not there."""
     for folder in ("train2017", "annotations"):
@@ -863,10 +818,13 @@ def write_toy_mvsa(root, count, voters, rng):
             votes = [[vote, image] for vote in range(3)]
         kept += bool(merge_labels(LABELS[text], LABELS[image]) and not undecided)
         rows.append([str(number)] + [f"{LABELS[t]},{LABELS[i]}" for t, i in votes])
-        picture, words = toy_post(text, image, rng)
-        words += " #caf\u00e9" * (number == 3)
+        shown = rng.integers(3, size=(4, 2))
+        shown[rng.random(4) < 0.8, 0] = image  # the mood of most things in the picture
+        named = rng.integers(3, size=(4, 2))
+        named[0, 0] = text  # and of the one that the text names first
+        toy_image(shown, rng).save(root / "data" / f"{number}.jpg", quality=92)
+        words = toy_text(named, rng) + " #caf\u00e9" * (number == 3)
         (root / "data" / f"{number}.txt").write_bytes(words.encode("gb18030"))
-        picture.save(root / "data" / f"{number}.jpg", quality=92)
     rows.append([str(number + 1)] + ["positive,positive"] * voters)
     (root / "data" / f"{number + 1}.txt").write_text("red bars")
     (root / "data" / f"{number + 1}.jpg").write_bytes(b"")
@@ -876,7 +834,7 @@ def write_toy_mvsa(root, count, voters, rng):
 def write_toy(root, images=1100, posts=1000, seed=0):
     """Write `root`/coco, `root`/mvsa/MVSA_Single (`posts` kept) and MVSA_Multiple (twice as many), each time
     the same bytes; complete what was cut off. Raises UserError for a folder that holds anything else."""
-    root, recipe = Path(root), {"images": images, "posts": posts, "seed": seed}
+    recipe = {"images": images, "posts": posts, "seed": seed}
     cut_off = {**recipe, "cut off": True}
     ours = [json.dumps(content, indent=1).encode() for content in (recipe, cut_off)]
     there = {path.name for path in root.glob("*")} - {".lock", "recipe.json.tmp"}  # if cut off at once
@@ -896,24 +854,16 @@ def write_toy(root, images=1100, posts=1000, seed=0):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def main(args):
-    """The command of the parsed arguments -> exit code 0. Raises UserError for what the user can mend."""
-    if args.command == "toy":
-        write_toy(args.dir, args.images, args.posts, args.seed)
-        return 0
-    if args.command in ("coco", "weights"):
-        with locked(args.dir, "the folder"):
-            args.fetch(Path(args.dir), args.what)
-        return 0
+def check(coco, mvsa):
+    """Raises UserError for what is missing of both data sets."""
     missing = []
-    for find, root in ((find_coco, args.coco), (find_mvsa, args.mvsa)):
+    for find, root in ((find_coco, coco), (find_mvsa, mvsa)):
         try:
             find(root)
         except UserError as error:
             missing.append(str(error))
     if missing:
         raise UserError("\n".join(missing))
-    return 0
 
 
 def run(argv=None):
@@ -922,24 +872,24 @@ def run(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data",
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    toy.add_argument("dir", help="folder to make; gets coco/ and mvsa/")
+    toy.add_argument("root", metavar="dir", type=Path, help="folder to make; gets coco/ and mvsa/")
     toy.add_argument("--images", **number(int, 1), default=1100, help="pictures with captions")
     toy.add_argument("--posts", **number(int, 1), default=1000, help="posts of Single; Multi twice that")
     toy.add_argument("--seed", **number(int, 0), default=0, help="the same seed gives the same bytes")
-    check = commands.add_parser("check", help="look for the data")
-    check.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
-    check.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
+    both = commands.add_parser("check", help="look for the data")
+    both.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
+    both.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
     coco = commands.add_parser("coco", help="fetch COCO 2017's captions and images")
-    coco.add_argument("dir", help="folder to make; gets train2017/ and annotations/")
-    coco.add_argument("--images", **number(int, 0), dest="what", default=10000,
+    coco.add_argument("root", metavar="dir", type=Path, help="folder to make; gets train2017/, annotations/")
+    coco.add_argument("--images", **number(int, 0), default=10000,
                       help="the first so many that have captions (0: all, as one zip of 19 GB)")
-    coco.set_defaults(fetch=fetch_coco)
     weights = commands.add_parser("weights", help="fetch f_I's weights")
-    weights.add_argument("dir", help="folder to make; gets the file")
-    weights.add_argument("--preset", dest="what", required=True, choices=list(PRESETS)[1:])  # not the toy
-    weights.set_defaults(fetch=fetch_weights)
-    args = parser.parse_args(argv)
-    return run_command(lambda: main(args), "--images or --posts")
+    weights.add_argument("root", metavar="dir", type=Path, help="folder to make; gets the file")
+    weights.add_argument("--preset", required=True, choices=list(PRESETS)[1:])  # not the toy
+    functions = {"toy": write_toy, "check": check, "coco": fetch_coco, "weights": fetch_weights}
+    options = vars(parser.parse_args(argv))  # but for the command, the function's arguments
+    function = functions[options.pop("command")]
+    return run_command(lambda: function(**options), "--images or --posts")
 
 
 if __name__ == "__main__":

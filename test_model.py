@@ -669,7 +669,7 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("cut", ["write_toy_coco", "toy_post"])
+@pytest.mark.parametrize("cut", ["write_toy_coco", "merge_labels"])
 def test_toy_data_are_completed_to_the_same_bytes_and_touch_nothing_else(tmp_path, monkeypatch, cut):
     def interrupted(*given):
         raise KeyboardInterrupt
@@ -974,21 +974,32 @@ def test_a_lock_holds_until_its_process_ends_and_two_encode_once(encoded, tmp_pa
     assert capfd.readouterr().err.count("cannot be read") == 1
 
 
-def test_a_full_disk_is_said_before_and_cleaned_after(encoded, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_and_nothing_half_made_is_believed(encoded, tmp_path, monkeypatch, capsys):
     needed = sum((encoded.cache.folder / name).stat().st_size - 128 for name in data.FILES)  # without headers
+    folder, synced, fsync = tmp_path / encoded.cut.name, [], os.fsync
 
-    def full(file, start, size):
-        raise OSError(data.errno.ENOSPC, "no room")
+    def build():
+        data.FeatureCache(tmp_path, encoded.items, encoded.net, 1)
 
-    monkeypatch.setattr(os, "posix_fallocate", full)  # another process fills it meanwhile
-    for free in (needed - 1, needed):
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
-        with pytest.raises(UserError, match=rf"takes .* GB in {tmp_path}.*--cache DIR"):
-            data.FeatureCache(tmp_path, encoded.items, encoded.net, 1)
-        assert list(tree(tmp_path / encoded.cut.name)) == [".lock"]
-    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match=rf"takes .* GB in {tmp_path}.*--cache DIR"):
+        build()
+    assert list(tree(folder)) == [".lock"]
+
+    def full(file):  # another process fills it meanwhile
+        synced.append(file)
+        if len(synced) in (1, 10):
+            raise OSError(data.errno.ENOSPC, "no room")
+        fsync(file)
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+    monkeypatch.setattr(os, "fsync", full)
+    for whole in (0, 32):  # of so many items: within the first chunk, and within the second
+        assert data.run_command(build, "") == 2
+        assert "cannot be written or read: no room" in capsys.readouterr().err
+        assert (folder / "done.json").exists() == bool(whole)
     data.FeatureCache(tmp_path, encoded.items, encoded.net, 1)
-    assert tree(tmp_path / encoded.cut.name) == tree(encoded.cache.folder)
+    assert tree(folder) == tree(encoded.cache.folder)
 
 
 def test_features_that_float16_cannot_hold_are_refused(encoded, tmp_path, monkeypatch):
