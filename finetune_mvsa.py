@@ -514,44 +514,37 @@ def code_version():
 
 def ablation_table(folder):
     """The runs of `make ablate` in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation, over the
-    seeds of pretraining, of what it ended with and of accuracies, each a mean over splits that are the same
-    for all runs. Raises UserError if there are none."""
-    measured = "energy_matched", "energy_position", "auc", "target_std", "target_rank"
-    trained, judged, everything = defaultdict(list), defaultdict(list), {}
+    seeds of pretraining, of what each variant ended with and of accuracies, each a mean over splits that are
+    the same for all runs. Raises UserError if there are none."""
+    measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
+    table = defaultdict(lambda: defaultdict(list))  # {variant: {column: [a figure of each run]}}
     for path in sorted(folder.glob("*-*/results.json")):
         variant = path.parent.name.rpartition("-")[0]
+        # What does not depend on pretraining is the same in all runs.
+        places = {PRETRAINED: (variant, "X~"), ONLINE: (variant, "X"), TUNED: (variant, "X~ fine-tuned"),
+                  UNTRAINED: ("*untrained*", "X~"), TUNED_UNTRAINED: ("*untrained*", "X~ fine-tuned"),
+                  CONCAT: ("*text + image concatenated*", "X~")}
         try:
-            log = (path.parent / "log.jsonl").read_text().splitlines()
-            energies = json.loads((path.parent / "eval.json").read_text())
-            trained[variant].append([json.loads(log[-1])["loss"], *(energies[name] for name in measured)])
-            accuracy = {(row, kind): np.mean(scores["accuracy"])
-                        for kind, found in json.loads(path.read_text())["sets"].items()
-                        for row, scores in found["scores"].items()}
+            last = (path.parent / "log.jsonl").read_text().splitlines()[-1]
+            ended = json.loads((path.parent / "eval.json").read_text()) | {"loss": json.loads(last)["loss"]}
+            for name in measured:
+                table[variant][name].append(ended[name])
+            for kind, found in json.loads(path.read_text())["sets"].items():
+                for row in filter(places.get, found["scores"]):
+                    name, column = places[row]
+                    accuracy = np.mean(found["scores"][row]["accuracy"])
+                    table[name][f"{column}, {NAMES[kind]}"].append(accuracy)
         except (OSError, ValueError, LookupError) as error:
             raise UserError(f"{path.parent} is no finished run of this version: {error!r}") from error
-        judged[variant].append(accuracy)
-        everything.update(accuracy)
-    if not trained:
+    if not table:
         raise UserError(f"--ablate {folder}: no <variant>-<seed>/results.json there; run `make ablate`")
+    accuracies = sorted({column for found in table.values() for column in found} - set(measured))
     rows = []
-    for variant, runs in trained.items():
-        cells = [mean_std(values, digits) for values, digits in zip(zip(*runs), (3, 3, 3, 3, 3, 1))]
-        rows.append((variant, len(runs), *cells))
-
-    kinds = [kind for kind in NAMES if (PRETRAINED, kind) in everything]
-
-    def accuracies(name, runs, columns):
-        pairs = [(row, kind) for row in columns for kind in kinds]
-        return name, *(mean_std([run[pair] for run in runs], 1) if all(pair in run for run in runs) else ""
-                       for pair in pairs)
-    columns = {"X~": PRETRAINED, "X": ONLINE, "X~ fine-tuned": TUNED}
-    header = "features of", *(f"{name}, {NAMES[kind]}" for name in columns for kind in kinds)
-    probes = [accuracies(variant, runs, columns.values()) for variant, runs in judged.items()]
-    # What does not depend on pretraining is the same in all runs
-    probes += [accuracies("*untrained*", [everything], (UNTRAINED, None, TUNED_UNTRAINED)),
-               accuracies("*text + image concatenated*", [everything], (CONCAT, None, None))]
-    tables = markdown(("variant", "seeds", "loss", *measured), *rows), markdown(header, *probes)
-    return "\n\n".join(tables) + "\n"
+    for name, found in sorted(table.items()):
+        cells = [mean_std(found[column], 3) if column in found else "" for column in measured]
+        cells += [mean_std(found[column], 1) if column in found else "" for column in accuracies]
+        rows.append((name, max(map(len, found.values())), *cells))
+    return markdown(("variant", "runs", *measured, *accuracies), *rows) + "\n"
 
 
 def main(args):

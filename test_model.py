@@ -2132,10 +2132,16 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
         (out / "results.json").write_text(json.dumps({"sets": sets}))
     done = call(finetune_mvsa, "--ablate", tmp_path)
     assert done.code == 0 and (tmp_path / "results.md").read_text() in done.out
-    plain = "| plain | 2 | 0.250 ± 0.000 | 0.100 ± 0.000 | 0.400 ± 0.000 | 0.600 ± 0.141 | 0.500 ± 0.000 |"
-    assert plain in done.out and "| image | 1 | 0.250 | 0.100 |" in done.out  # one run has no deviation
-    assert "| plain | 66.0 ± 7.1 | 76.0 ± 7.1 | 66.0 ± 7.1 | 76.0 ± 7.1 |  | 76.0 ± 7.1 |" in done.out
-    assert "| *untrained* | 71.0 | 81.0 |  |  |  | 81.0 |" in done.out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.out.splitlines() if line]
+    assert lines[0][8:] == ["X, MVSA-Multi", "X, MVSA-Single", "X~ fine-tuned, MVSA-Multi", "X~, MVSA-Multi",
+                            "X~, MVSA-Single"]
+    table = {name: cells for name, *cells in lines[2:]}
+    assert table["plain"] == ["2", "0.250 ± 0.000", "0.100 ± 0.000", "0.400 ± 0.000", "0.600 ± 0.141",
+                              "0.500 ± 0.000", "7.000 ± 0.000",
+                              *(f"{mean}.0 ± 7.1" for mean in (76, 66, 76, 76, 66))]
+    assert table["image"][:3] == ["1", "0.250", "0.100"]  # one run has no deviation
+    assert table["*untrained*"] == ["3", *8 * [""], *("74.3 ± 5.8", "74.3 ± 5.8", "64.3 ± 5.8")]
+    assert table["*text + image concatenated*"][-2:] == ["74.3 ± 5.8", "64.3 ± 5.8"]
 
 
 def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
