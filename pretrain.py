@@ -68,7 +68,8 @@ from model import UserError
 # Training defaults of the presets; the paper's three follow the authors' script (batches of 10 x 60)
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, workers=8, log_every=10)
 PRESETS = {
-    # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images)
+    # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images): about
+    # exp(-(1 - momentum) * steps / 2), as the momentum rises to 1
     "toy": dict(epochs=40, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=124,
                 momentum=0.994, posts=3000),
     "tiny": dict(epochs=30, batch_size=16, accumulate=1, max_images=0, workers=2, log_every=168),
