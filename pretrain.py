@@ -202,12 +202,10 @@ def catch_signals():
 def join_processes(args):
     """(rank, world size, device) of this process. torchrun starts one for each GPU, or all on the one that
     --device numbers; without it, whatever variables other launchers set, there is only this one."""
-    device = model.pick_device(args.device)
     if not dist.is_torchelastic_launched():
-        return 0, 1, device
-    own_gpu = device.type == "cuda" and args.device in ("auto", "cuda")
-    if own_gpu:
-        device = model.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        return 0, 1, model.pick_device(args.device)
+    own_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = model.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else args.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # one process prints
@@ -216,7 +214,7 @@ def join_processes(args):
 
 def all_reduce(value, op=dist.ReduceOp.SUM):
     """The sum (or another `op`) of a tensor over all processes, on the CPU."""
-    value = value.cpu().clone()
+    value = value.cpu().clone()  # what is on the CPU would be changed in place
     if dist.is_initialized():
         dist.all_reduce(value, op)
     return value
@@ -491,22 +489,22 @@ def rank_captions(args, net, log):
     s_image = net.frozen_image(image[None]).expand(len(args.captions), -1, -1)
     features = s_image, *net.frozen_text(args.captions)
     energies = net.mean_energy(*features, args.eval_masks)
-    order = energies.argsort()
+    lines = [f"{energy:.4f}  {caption}" for energy, caption in zip(energies.tolist(), args.captions)]
+    order = energies.argsort().tolist()
     unknown = net.text_encoder.tokenizer.unk_token_id
-    for i in order.tolist():
+    for i in order:
         tokens = net.text_encoder.tokenize([args.captions[i]], add_special_tokens=False)["input_ids"][0]
-        note = "  (f_T does not know most of its words)" if 2 * tokens.count(unknown) > len(tokens) else ""
-        print(f"{energies[i]:.4f}  {args.captions[i]}{note}")
+        mostly_unknown = 2 * tokens.count(unknown) > len(tokens)
+        print(lines[i] + "  (f_T does not know most of its words)" * mostly_unknown)
     if log:
         accuracy = log[-1]["pair_accuracy"]
         print(f"pair accuracy on the held-out images: {accuracy:.2f}, where 0.5 is chance"
               + "; these energies mean little" * (accuracy < 0.6))
     if len(order) > 1:
-        ends = order[[0, -1]]
+        ends = [order[0], order[-1]]
         maps = energy_maps(net, *(feature[ends] for feature in features))
-        titles = [f"{energies[i]:.3f}  {args.captions[i]}" for i in ends.tolist()]
-        name = f"maps_{Path(args.image).stem}.png"
-        plot_maps([picture], net.grid, maps[None], [titles], Path(args.out) / name)
+        path = Path(args.out) / f"maps_{Path(args.image).stem}.png"
+        plot_maps([picture], net.grid, maps[None], [[lines[i] for i in ends]], path)
 
 
 def evaluate(args):
@@ -700,9 +698,9 @@ def plot_masks(pictures, captions, grid, path):
         masks = model.sample_masks(grid, 1, seed=draw)
         for axis, title in zip(axes, (caption, "context: what X sees", "target blocks: what is predicted")):
             show(axis, picture, title, grid)
-        dark = torch.full(grid, 0.85)
-        dark.view(-1)[masks.context[0]] = 0
-        axes[1].imshow(torch.zeros(grid), "gray", alpha=dark.numpy(), extent=(0, grid[1], grid[0], 0))
+        dark = np.full(math.prod(grid), 0.85)
+        dark[masks.context[0]] = 0
+        axes[1].imshow(np.zeros(grid), "gray", alpha=dark.reshape(grid), extent=(0, grid[1], grid[0], 0))
         for block, colour in zip(masks.target[0].tolist(), ("red", "gold", "cyan", "magenta")):
             (top, left), (bottom, right) = divmod(block[0], grid[1]), divmod(block[-1], grid[1])
             axes[2].add_patch(Rectangle((left, top), right + 1 - left, bottom + 1 - top, fill=False,
