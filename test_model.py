@@ -501,8 +501,7 @@ def test_a_gpu_is_used_in_the_precision_it_has_and_never_replaced_in_silence(mon
         supported = lambda including_emulation=True: fast or including_emulation
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert model.pick_dtype("auto", torch.device("cuda")) == dtype
-    smi = SimpleNamespace(stdout="470.57\n470.57\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: smi)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="470.57\n470.57\n"))
     for backend in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(backend, "is_available", lambda: False)
     done = call(pretrain, "--coco", "/nowhere")
