@@ -19,9 +19,7 @@ Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a blo
 With `target="image"` the target is s_image instead of X~'s tokens; X~ still encodes for `encode`.
 Masks apply after f_I, as in the authors' code: the visible tokens of s_image have already seen the hidden
 patches, which I-JEPA hides before its encoder.
-
-Not in here: data, training loops, augmentation, negatives, text masking, more than one context block. README,
-"Differences", lists the departures from the paper and from I-JEPA."""
+README, "Differences", lists what else departs from the paper and from I-JEPA, and what is not in here."""
 import copy
 import hashlib
 import json
@@ -29,7 +27,7 @@ import math
 import pickle
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -345,11 +343,12 @@ class Predictor(nn.Module):
     def forward(self, context, masks):
         """context [B, C, D] at masks.context, masks.target [B, M, P] -> predictions [B, M, P, target_dim].
         Each block is predicted on its own: it sees the context, never another block's mask tokens."""
-        B, M, P = masks.target.shape
+        B, M, P = len(context), *masks.target.shape[1:]
         visible = self.embed(context) + self.positions[0, masks.context]  # [B, C, width]
         visible = visible.repeat_interleave(M, dim=0)  # [B * M, C, width]
-        hidden = self.mask_token + self.positions[0, masks.target.flatten(1)]  # [B, M * P, width]
-        x = torch.cat([visible, hidden.reshape(B * M, P, -1)], dim=1)  # [B * M, C + P, width]
+        hidden = self.mask_token + self.positions[0, masks.target.flatten(1)]  # [B or 1, M * P, width]
+        hidden = hidden.expand(B, -1, -1).reshape(B * M, P, -1)
+        x = torch.cat([visible, hidden], dim=1)  # [B * M, C + P, width]
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, last=P)  # [B * M, P, width]: nobody reads the other tokens
@@ -361,20 +360,13 @@ class Predictor(nn.Module):
 
 
 class Masks(NamedTuple):
-    """Patch indices in raster order. No index of an image's context is in any of its target blocks."""
+    """Patch indices in raster order. No index of an image's context is in any of its target blocks. Those of
+    one image (B is 1) stand for the whole batch."""
     context: torch.Tensor  # [B, C]
     target: torch.Tensor  # [B, M, P]
 
     def to(self, device):
         return Masks(*(index.to(device, non_blocking=True) for index in self))
-
-    def slice(self, start, stop):
-        """The masks of images start .. stop - 1 of the batch."""
-        return Masks(*(index[start:stop] for index in self))
-
-    def expand(self, batch):
-        """The masks of one image, for so many."""
-        return Masks(*(index.expand(batch, *index.shape[1:]) for index in self))
 
 
 def generator_of(*numbers):
@@ -383,8 +375,8 @@ def generator_of(*numbers):
 
 
 def gather(tokens, index):
-    """tokens [B, N, D], index [B, K] -> [B, K, D]"""
-    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[-1]))
+    """tokens [B, N, D], index [B, K] or [1, K] -> [B, K, D]"""
+    return tokens.gather(1, index[:, :, None].expand(len(tokens), -1, tokens.shape[-1]))
 
 
 def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), target_aspect=(0.75, 1.5),
@@ -494,7 +486,7 @@ class TIJEPA(nn.Module):
     def __init__(self, config, encoders=None):
         super().__init__()
         self.config = config
-        self.precision = "auto"  # see pick_dtype
+        self.dtype = torch.float32  # of the forward passes; see place
         self.image_encoder, self.text_encoder = encoders or (
             ImageEncoder(config.image_encoder, config.image_weights),
             TextEncoder(config.text_encoder, config.vocabulary))
@@ -517,24 +509,18 @@ class TIJEPA(nn.Module):
 
     def place(self, device, precision):
         """To a device, with "auto" or a dtype's name for its forward passes -> self."""
-        self.precision = precision
+        self.dtype = pick_dtype(precision, device)
         return self.to(device)
 
     @property
     def device(self):
         return self.predictor.mask_token.device
 
-    @property
-    def dtype(self):
-        return pick_dtype(self.precision, self.device)
-
     def autocast(self):
         """The context in which all forward passes run."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if half else nullcontext()
 
-    @torch.no_grad()
     def frozen_image(self, images):
         """f_I: images [B, 3, H, W] -> s_image [B, N, D_I]. Raises UserError for another H or W than f_I's."""
         size = self.image_encoder.data_config["input_size"]
@@ -544,7 +530,6 @@ class TIJEPA(nn.Module):
         with self.autocast():
             return self.image_encoder(images.to(self.device, non_blocking=True)).to(self.dtype)
 
-    @torch.no_grad()
     def frozen_text(self, texts):
         """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]. Raises UserError for a lone string."""
         if isinstance(texts, str):
@@ -586,8 +571,7 @@ class TIJEPA(nn.Module):
     def measure(self, s_image, s_text, text_mask, draw=0):
         """`forward` with the same masks, the draw of that number, for all pairs: only then do their energies,
         or a std over them, compare like with like."""
-        masks = sample_masks(self.grid, 1, seed=draw).to(self.device)
-        return self(s_image, s_text, text_mask, masks.expand(len(s_image)))
+        return self(s_image, s_text, text_mask, sample_masks(self.grid, 1, seed=draw).to(self.device))
 
     def mean_energy(self, s_image, s_text, text_mask, draws):
         """The features of B pairs -> [B]: the energy of each, the mean over so many masks."""
@@ -621,12 +605,9 @@ class TIJEPA(nn.Module):
         return {name: getattr(self, name).state_dict() for name in TRAINED}
 
     def load_trained_state(self, state):
-        """Load the output of `trained_state`. Raises UserError if it is of another architecture."""
-        try:
-            for name in TRAINED:
-                getattr(self, name).load_state_dict(state[name])
-        except NOT_A_CHECKPOINT as error:
-            raise UserError(f"the checkpoint's weights do not fit its config: {error}") from error
+        """Load the output of `trained_state`."""
+        for name in TRAINED:
+            getattr(self, name).load_state_dict(state[name])
 
     @classmethod
     def from_checkpoint(cls, path, image_weights="", text_encoder=""):
@@ -641,10 +622,8 @@ class TIJEPA(nn.Module):
         if differs:
             raise UserError(f"{path} was trained on other encoders: {differs}; give the same with "
                             "--image_weights and --text_encoder")
-        try:
+        with refuse_unless_whole(path):
             net.load_trained_state(checkpoint["model"])
-        except UserError as error:
-            raise UserError(f"{path} is not a whole checkpoint: {error}") from error
         return net.eval(), checkpoint
 
 
@@ -653,18 +632,25 @@ CHECKPOINT_KEYS = {"config", "encoders", "identity", "coco", "held_out", "skippe
                    "seconds", "model", "optimizer", "scaler", "running", "log"}
 
 
+@contextmanager
+def refuse_unless_whole(path):
+    """A block in which what fails becomes a UserError that the checkpoint is to blame for."""
+    try:
+        yield
+    except NOT_A_CHECKPOINT as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is not a whole checkpoint of this version: {reason}; remove it, or name "
+                        "another folder") from error
+
+
 def read_checkpoint(path):
     """A file of pretrain.py -> the dict in it, on the CPU. Raises UserError if it is not a whole one."""
-    try:
+    with refuse_unless_whole(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         missing = CHECKPOINT_KEYS - checkpoint.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         Config(**checkpoint["config"])
-    except NOT_A_CHECKPOINT as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not a whole checkpoint of this version: {reason}; remove it, or name "
-                        "another folder") from error
     return checkpoint
 
 
@@ -686,8 +672,7 @@ def pick_device(name="auto"):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        if name == "cpu" and "GPU " in nvidia_smi("-L"):
-            driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        if name == "cpu" and (driver := nvidia_driver()):
             raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the NVIDIA "
                             f"GPU (driver {driver}): install a newer driver or an older torch, or run with "
                             "--device cpu")
@@ -704,15 +689,15 @@ def pick_device(name="auto"):
     return device
 
 
-def nvidia_smi(*options):
-    """The output of nvidia-smi, or "" where there is none."""
+def nvidia_driver():
+    """The version of the driver of this machine's NVIDIA GPU, or "" where there is none."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]  # a line for each GPU
     try:
-        return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True).stdout.strip()
-    except OSError:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
+    except (OSError, subprocess.CalledProcessError):  # not installed; no driver or no GPU
         return ""
 
 
-@torch.compiler.assume_constant_result  # or a compiled forward would break at the question for bfloat16
 def pick_dtype(name, device):
     """"auto" -> bfloat16 where CUDA has it, else float16 on CUDA, float32 elsewhere; or the named dtype."""
     if name != "auto":

@@ -24,8 +24,7 @@ and of the held-out images, with the same masks each time (these are the evidenc
     pair_accuracy      share of images whose own caption has the lower energy of the two: 0.5 is chance
     energy_position    the energy of predicting the other images' mean target at each position: an energy as
                        high means that neither the visible patches nor the caption is of use
-    target_std         std of the targets over images, at each patch and dimension, averaged: at most about 1;
-                       0 is collapse
+    target_std         mean std of the targets over the images: at most about 1; 0 is collapse
     prediction_std     the same of the predictions
     target_rank        effective rank of the images' mean targets: near 1 is dimensional collapse
 
@@ -48,9 +47,8 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +68,8 @@ from model import UserError
 # Training defaults of the presets; the paper's three follow the authors' script (batches of 10 x 60)
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, workers=8, log_every=10)
 PRESETS = {
-    # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images)
+    # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images): about
+    # exp(-(1 - momentum) * steps / 2), as the momentum rises to 1
     "toy": dict(epochs=40, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=124,
                 momentum=0.994, posts=3000),
     "tiny": dict(epochs=30, batch_size=16, accumulate=1, max_images=0, workers=2, log_every=168),
@@ -84,21 +83,18 @@ FREE = {"out", "coco", "device", "workers", "cache", "accumulate", "compile", "r
 def parse_args(argv=None):
     """Two passes, so that --help shows the defaults of the preset that is named."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=PRESETS, default="toy")
+    first.add_argument("--preset", choices=PRESETS, default="toy", help="architecture, training defaults")
     preset = first.parse_known_args(argv)[0].preset
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     epilog=f"Defaults shown: preset {preset}.",
+                                     parents=[first], epilog=f"Defaults shown: preset {preset}.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, config, number = parser.add_argument, model.PRESETS[preset], data.number
-    add("--preset", choices=PRESETS, default="toy", help="architecture and training defaults")
-    add("--coco", default="", help="folder with train2017/ and annotations/captions_train2017.json (empty: "
-        "data/coco; with --eval as in training)")
-    add("--out", default="", help=f"folder for what is written (empty: out/{preset}; with --eval the "
-        "checkpoint's)")
+    add("--coco", default="", help="folder of COCO 2017 (empty: data/coco, with --eval as in training)")
+    add("--out", default="", help=f"folder to write to (empty: out/{preset}, with --eval the checkpoint's)")
     add("--image_encoder", default=config.image_encoder, help="timm name of f_I")
-    add("--image_weights", default="", help="weight file of f_I (empty: timm's; with --eval as in training)")
+    add("--image_weights", default="", help="weight file of f_I (empty: timm's, with --eval as in training)")
     add("--text_encoder", default="", help="Hugging Face name or local folder of f_T (empty: "
-        f"{config.text_encoder}; with --eval as in training)")
+        f"{config.text_encoder}, with --eval as in training)")
     add("--loss", choices=("mse", "smooth_l1"), default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens or f_I's")
     add("--vicreg", **number(float, 0), default=0.0, help="weight of VICReg's term on X's output")
@@ -106,11 +102,9 @@ def parse_args(argv=None):
     add("--shuffle_captions", action="store_true", help="control: train with other images' captions")
     add("--epochs", **number(int, 1), help="passes over the images")
     add("--max_images", **number(int, 0), help="use the first so many images (0: all)")
-    add("--held_out", **number(int, 0), default=0, help="images that are not trained on but measured on (0: "
-        "100, or a tenth if that is less)")
+    add("--held_out", **number(int, 0), default=0, help="images to measure on (0: a tenth, at most 100)")
     add("--batch_size", **number(int, 1), help="images per optimiser step")
-    add("--accumulate", **number(int, 1), help="micro-batches that a process splits its share of a batch "
-        "into: same result, less memory")
+    add("--accumulate", **number(int, 1), help="micro-batches of each process: same result, less memory")
     add("--start_lr", **number(float, 0), default=2e-4, help="learning rate at the start of the warm-up")
     add("--lr", **number(float, "above 0"), default=1e-3, help="learning rate at its end")
     add("--final_lr", **number(float, 0), default=1e-6, help="learning rate at the last step")
@@ -122,13 +116,11 @@ def parse_args(argv=None):
     add("--clip", **number(float, "above 0"), default=1.0, help="largest gradient norm")
     add("--seed", **number(int, 0, 2 ** 31 - 1), default=0, help="of weights, order, captions and masks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=model.DTYPES, default="auto", help="of the forward passes; auto: bfloat16 or "
-        "float16 on CUDA, else float32")
+    add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
     add("--workers", **number(int, 1), help="threads that read and decode images")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
     add("--compile", action="store_true", help="torch.compile the trained half (for CUDA)")
-    add("--log_every", **number(int, 1), help="steps between log lines; the first after each epoch also "
-        "writes the checkpoint")
+    add("--log_every", **number(int, 1), help="steps between log lines; the first of an epoch also saves")
     add("--resume", action="store_true", help="resume from OUT/checkpoint.pt if it is there")
     add("--bench", action="store_true", help="measure how long the preset takes, without data or download")
     add("--posts", **number(int, 1), default=21535, help="with --bench: posts (21,535: both MVSA sets)")
@@ -145,7 +137,7 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Schedules: plain functions of the step, 0 .. total - 1
+# What the loop needs: first the schedules, functions of the step from 0 to total - 1
 
 
 def linear(step, total, start, final):
@@ -165,28 +157,17 @@ def warmup_cosine(step, total, warmup, start, peak, final):
     return cosine(step - warmup, total - warmup, peak, final)
 
 
-def start_share(done, total, start, final):
-    """The share of its random start that is left in X~ after `done` steps: the product of their momenta. At
-    the end of a rise from `start` to 1 it is about exp(-(1 - start) * total / 2)."""
-    return math.prod(linear(step, total, start, final) for step in range(done))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What the loop needs
-
-
 def make_config(args, items):
     """The model's Config by the arguments. Only the toy text encoder needs the captions: for their words."""
-    text_encoder = args.text_encoder or model.PRESETS[args.preset].text_encoder
-    words = set()
-    if text_encoder == "toy":
-        words = {word for _, captions in items for caption in captions for word in caption.lower().split()}
-
     def absolute(path):  # the checkpoint may be used from another folder
-        return str(Path(path).resolve()) if path not in ("", "toy") and Path(path).exists() else path
-    return replace(model.PRESETS[args.preset], image_encoder=args.image_encoder, loss=args.loss,
-                   image_weights=absolute(args.image_weights), text_encoder=absolute(text_encoder),
-                   target=args.target, vocabulary=sorted(words))
+        return os.path.realpath(path) if path != "toy" and os.path.exists(path) else path
+
+    preset = model.PRESETS[args.preset]
+    text_encoder = absolute(args.text_encoder or preset.text_encoder)
+    texts = [text for _, captions in items for text in captions] if text_encoder == "toy" else []
+    return replace(preset, image_encoder=args.image_encoder, image_weights=absolute(args.image_weights),
+                   text_encoder=text_encoder, loss=args.loss, target=args.target,
+                   vocabulary=sorted(set(" ".join(texts).lower().split())))
 
 
 def write_log(path, log):
@@ -212,48 +193,44 @@ def catch_signals():
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, note))  # at the end as before
         yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def join_processes(args):
     """(rank, world size, device) of this process. torchrun starts one for each GPU, or all on the one that
     --device numbers; without it, whatever variables other launchers set, there is only this one."""
-    device = model.pick_device(args.device)
     if not dist.is_torchelastic_launched():
-        return 0, 1, device
-    if args.device in ("auto", "cuda") and device.type == "cuda":
-        device = model.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        return 0, 1, model.pick_device(args.device)
+    own_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = model.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else args.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # one process prints
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def all_reduce(value, world, op=dist.ReduceOp.SUM):
+def all_reduce(value, op=dist.ReduceOp.SUM):
     """The sum (or another `op`) of a tensor over all processes, on the CPU."""
-    value = value.cpu().clone()
-    if world > 1:
+    value = value.cpu().clone()  # what is on the CPU would be changed in place
+    if dist.is_initialized():
         dist.all_reduce(value, op)
     return value
 
 
 def split_batch(args, rank, world):
-    """How many images a forward pass of this process takes, and where in a batch each of its shares begins.
-    Raises UserError if the shares cannot be equal, or a regulariser would see only a share."""
+    """The parts of a batch that this process takes, a slice for each forward pass. Raises UserError if they
+    cannot be equal, or a regulariser would see only a part."""
     micro, rest = divmod(args.batch_size, args.accumulate * world)
     if rest:
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
                         f"({args.accumulate} x {world})")
     if (args.vicreg or args.sigreg) and micro < args.batch_size:
         raise UserError("--vicreg and --sigreg need the whole batch: one process and --accumulate 1")
-    return micro, [(rank * args.accumulate + k) * micro for k in range(args.accumulate)]
+    first = rank * args.accumulate * micro
+    return [slice(start, start + micro) for start in range(first, first + args.accumulate * micro, micro)]
 
 
 def objective(out, args, step):
@@ -274,24 +251,23 @@ def run_identity(args, net, items, cache):
     return {**config, **options, "--dtype": str(net.dtype), **cache.encoders, "data": data.digest(pictures)}
 
 
-def resume(path, identity, net, optimizer, scaler):
-    """Load the state of the run that `path` is of -> (step, running, log, seconds). Raises UserError if it is
-    not whole, or of another run, naming what differs."""
-    checkpoint = model.read_checkpoint(path)
-    differs = model.differences(checkpoint["identity"], identity)
+def resume(path, identity, net, optimizer, scaler, seconds):
+    """Load the state of the run that `path` is of and add its seconds -> (step, log, start_share, running).
+    Raises UserError if it is not whole, or of another run, naming what differs."""
+    saved = model.read_checkpoint(path)
+    differs = model.differences(saved["identity"], identity)
     if differs:
         raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
-    try:
-        net.load_trained_state(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+    with model.refuse_unless_whole(path):
+        net.load_trained_state(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
         for p, state in optimizer.state.items():
             if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
                 raise ValueError("moments of another shape")
-        log = [dict(line, step=int(line["step"])) for line in checkpoint["log"]]
-        return int(checkpoint["step"]), checkpoint["running"].reshape(2), log, Counter(checkpoint["seconds"])
-    except model.NOT_A_CHECKPOINT as error:
-        raise UserError(f"--resume: {path} is not a whole checkpoint: {error}; remove it") from error
+        log = [dict(line, step=int(line["step"])) for line in saved["log"]]
+        seconds.update(saved["seconds"])
+        return int(saved["step"]), log, float(saved["start_share"]), saved["running"].reshape(2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -308,7 +284,7 @@ def main(args):
     """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it."""
     # -- processes: with torchrun, this one trains on its share of each batch
     rank, world, device = join_processes(args)
-    micro, starts = split_batch(args, rank, world)  # images per forward pass, and where they begin in a batch
+    parts = split_batch(args, rank, world)
 
     # -- data: the features of every readable picture and caption, from the cache
     path, coco = Path(args.out) / "checkpoint.pt", args.coco or "data/coco"
@@ -332,9 +308,9 @@ def main(args):
             if batch == 0 or step == first_step:
                 images, captions = data.epoch_order(cache, train_images, args.seed, epoch)
                 captions = np.roll(captions, 1) if args.shuffle_captions else captions
-            for start in starts:
-                begin = batch * args.batch_size + start
-                yield images[begin:begin + micro], captions[begin:begin + micro]
+            rows = slice(batch * args.batch_size, (batch + 1) * args.batch_size)
+            for part in parts:
+                yield images[rows][part], captions[rows][part]
 
     # -- optimiser, and the identity of the run
     optimizer = build_optimizer(net)
@@ -351,26 +327,23 @@ def main(args):
     held_features = next(cache.batches([(held_out, cache.first[held_out])]))  # each with its first caption
 
     # -- the state of the run: from the start, or from its checkpoint
-    first_step, log = 0, []
+    first_step, log, start_share = 0, [], 1.0  # of X~'s random start, so much is left
     running = torch.zeros(2)  # loss since the last log line, skipped steps so far
     if path.exists() and not args.resume:
         print(f"pretrain: begins anew and will replace {path}; --resume would continue it")
     elif path.exists():
-        first_step, running, log, so_far = resume(path, constant["identity"], net, optimizer, scaler)
-        seconds.update(so_far)  # adds
+        first_step, log, start_share, running = resume(path, constant["identity"], net, optimizer, scaler,
+                                                       seconds)
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
-        if rank == 0:
-            write_log(path, log)  # it may have been cut off
     running = running.to(device) / world  # each process has a share; all_reduce sums them
-
-    left_of_start = partial(start_share, total=steps, start=args.momentum, final=args.final_momentum)
 
     def save(step):
         """Write all that the rest of the run depends on: its data and masks are functions of the step."""
-        total = all_reduce(running, world)
+        total = all_reduce(running)
+        check_finite(step, *total.tolist())
         if rank == 0:
             with data.atomic_write(path) as file:
-                torch.save({**constant, "step": step, "start_share": left_of_start(step), "running": total,
+                torch.save({**constant, "step": step, "start_share": start_share, "running": total,
                             "seconds": {**seconds, "pretrain": seconds["pretrain"] + time.time() - began},
                             "log": log, "model": net.trained_state(), "scaler": scaler.state_dict(),
                             "optimizer": optimizer.state_dict()}, file)
@@ -379,15 +352,14 @@ def main(args):
     began = time.time()
     with catch_signals() as signals:
         batches = cache.batches(draws(first_step))
-        epoch, clock, clock_step, waited = first_step // steps_per_epoch, time.time(), first_step, 0.0
+        clock, clock_step, waited = time.time(), first_step, 0.0
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
-            stop = all_reduce(torch.tensor(signals[0] if signals else 0), world, dist.ReduceOp.MAX)
+            stop = all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX).item()
             if stop:
-                energy = held_out_metrics(net, held_features)["energy_matched"]
-                check_finite(step, energy, *all_reduce(running, world).tolist())
+                check_finite(step, held_out_metrics(net, held_features)["energy_matched"])
                 save(step)
                 print(f"pretrain: stopped after step {step} of {steps}; --resume continues from there")
-                return 128 + int(stop)
+                return 128 + stop
 
             # -- schedules and masks of this step
             lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
@@ -398,12 +370,12 @@ def main(args):
             masks = model.sample_masks(net.grid, args.batch_size, args.seed, step).to(device)
 
             # -- forward and backward, micro-batch by micro-batch
-            for start in starts:
+            for part in parts:
                 before = time.time()
                 s_image, s_text, text_mask = next(batches)  # [B, N, D_I], [B, L, D_T], [B, L]
                 waited += time.time() - before
-                ddp.require_backward_grad_sync = start == starts[-1]  # DDP averages gradients once a step
-                out = ddp(s_image, s_text, text_mask, masks.slice(start, start + micro))
+                ddp.require_backward_grad_sync = part == parts[-1]  # DDP averages gradients once a step
+                out = ddp(s_image, s_text, text_mask, model.Masks(*(index[part] for index in masks)))
                 loss = objective(out, args, step) / args.accumulate
                 scaler.scale(loss).backward()
                 running[0] += loss.detach() / world
@@ -415,33 +387,34 @@ def main(args):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             net.update_target(momentum)
+            start_share *= momentum
             if scaler.is_enabled():
                 running[1] += (~grad_norm.isfinite()) / world  # the same norm in all processes
 
             # -- log line, and the first time in an epoch a checkpoint
             done = step + 1
             if done % args.log_every == 0 or done == steps:
-                loss, overflows = all_reduce(running, world).tolist()  # waits for the device
+                loss, overflows = all_reduce(running).tolist()  # waits for the device
                 elapsed = time.time() - clock
-                loss /= done - (log[-1]["step"] if log else 0)  # a resumed run may begin between two lines
+                last = log[-1]["step"] if log else 0  # a resumed run may begin between two lines
                 metrics = held_out_metrics(net, held_features)
                 check_finite(done, loss, metrics["energy_matched"])
-                line = dict(step=done, epoch=done / steps_per_epoch, loss=loss, lr=lr, wd=wd,
-                            momentum=momentum, start_share=left_of_start(done),
-                            grad_norm=grad_norm.item(), skipped_steps=round(overflows),
+                line = dict(step=done, epoch=done / steps_per_epoch, loss=loss / (done - last), lr=lr, wd=wd,
+                            momentum=momentum, start_share=start_share, grad_norm=grad_norm.item(),
+                            skipped_steps=round(overflows),
                             images_per_s=(done - clock_step) * args.batch_size / elapsed,
                             data_wait=waited / elapsed, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
                 running[0], clock, clock_step, waited = 0, time.time(), done, 0.0
-                if done // steps_per_epoch > epoch:
-                    epoch = done // steps_per_epoch
+                if done // steps_per_epoch > last // steps_per_epoch:
                     save(done)
     if rank == 0:
+        write_log(path, log)  # after a kill it may lack the last line of the checkpoint
         plot_curves(log, path.with_name("curves.png"))
     print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
-    if rank == 0 and left_of_start(steps) > 0.05:
-        print(f"warning: {left_of_start(steps):.0%} of X~ is still its random start: its features are worth "
+    if rank == 0 and start_share > 0.05:
+        print(f"warning: {start_share:.0%} of X~ is still its random start: its features are worth "
               "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
     return 0
 
@@ -513,24 +486,25 @@ def rank_captions(args, net, log):
     except data.NOT_AN_IMAGE as error:
         raise UserError(f"--image {args.image} cannot be read: {error}") from error
     image = data.image_transform(net.image_encoder.data_config)(picture)
-    s_image, s_text, text_mask = net.frozen_image(image[None]), *net.frozen_text(args.captions)
-    energies = energy_matrix(net, (s_image, s_text, text_mask), args.eval_masks)[0]
-    order = energies.argsort()
+    s_image = net.frozen_image(image[None]).expand(len(args.captions), -1, -1)
+    features = s_image, *net.frozen_text(args.captions)
+    energies = net.mean_energy(*features, args.eval_masks)
+    lines = [f"{energy:.4f}  {caption}" for energy, caption in zip(energies.tolist(), args.captions)]
+    order = energies.argsort().tolist()
     unknown = net.text_encoder.tokenizer.unk_token_id
-    for i in order.tolist():
+    for i in order:
         tokens = net.text_encoder.tokenize([args.captions[i]], add_special_tokens=False)["input_ids"][0]
-        note = "  (f_T does not know most of its words)" if 2 * tokens.count(unknown) > len(tokens) else ""
-        print(f"{energies[i]:.4f}  {args.captions[i]}{note}")
+        mostly_unknown = 2 * tokens.count(unknown) > len(tokens)
+        print(lines[i] + "  (f_T does not know most of its words)" * mostly_unknown)
     if log:
         accuracy = log[-1]["pair_accuracy"]
         print(f"pair accuracy on the held-out images: {accuracy:.2f}, where 0.5 is chance"
               + "; these energies mean little" * (accuracy < 0.6))
     if len(order) > 1:
-        ends = order[[0, -1]]
-        maps = energy_maps(net, s_image.expand(2, -1, -1), s_text[ends], text_mask[ends])
-        titles = [f"{energies[i]:.3f}  {args.captions[i]}" for i in ends.tolist()]
-        name = f"maps_{Path(args.image).stem}.png"
-        plot_maps([picture], net.grid, maps[None], [titles], Path(args.out) / name)
+        ends = [order[0], order[-1]]
+        maps = energy_maps(net, *(feature[ends] for feature in features))
+        path = Path(args.out) / f"maps_{Path(args.image).stem}.png"
+        plot_maps([picture], net.grid, maps[None], [[lines[i] for i in ends]], path)
 
 
 def evaluate(args):
@@ -717,10 +691,10 @@ def plot_curves(log, path):
               "effective rank of the targets": ("target_rank",)}
     figure = Figure((4 * len(panels), 3.2), layout="tight")
     axes = figure.subplots(1, len(panels))
+    columns = {name: np.array([line[name] for line in log], float) for name in log[0]}  # null: nan, a gap
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
-            values = np.array([line[name] for line in log], dtype=float)  # null becomes nan: a gap
-            axis.plot([line["step"] for line in log], values, label=name, marker=".")
+            axis.plot("step", name, data=columns, marker=".")
         axis.set(xlabel="optimiser step", title=title)
         axis.legend()
     axes[1].axhline(0.5, color="grey", linewidth=0.8)  # chance
@@ -731,21 +705,21 @@ def plot_energies(energies, path):
     """Energies [I, I], the matched pairs on the diagonal -> histograms of matched and mismatched pairs."""
     figure = Figure((5, 3.2), layout="tight")
     axis = figure.subplots()
-    mismatched = energies[~torch.eye(len(energies), dtype=torch.bool)]
-    bins = np.histogram_bin_edges(energies.numpy(), 40)
-    for name, values in (("matched", energies.diagonal()), ("mismatched", mismatched)):
-        axis.hist(values.numpy(), bins, density=True, alpha=0.6, label=f"{name} ({len(values)})")
+    own, other = energies.diagonal(), energies[~torch.eye(len(energies), dtype=torch.bool)]
+    axis.hist((own.numpy(), other.numpy()), 40, density=True, histtype="stepfilled", alpha=0.6,
+              label=(f"matched ({len(own)})", f"mismatched ({len(other)})"))
     axis.set(xlabel="energy", ylabel="density of pairs", title="held-out images and captions")
     axis.legend()
     figure.savefig(path, dpi=100)
 
 
-def show(axis, pixels, title, **options):
-    """A picture, or a map of its patches, without ticks; the title is cut to two lines."""
-    shown = axis.imshow(pixels, **options)
+def show(axis, pixels, title, grid, **scale):
+    """A picture, or by a colour scale a map of its patches, in units of patches; a title of two lines."""
+    shown = axis.imshow(pixels, extent=(0, grid[1], grid[0], 0), **scale)
+    if scale:
+        axis.figure.colorbar(shown, ax=axis, shrink=0.8)
     axis.set(xticks=[], yticks=[])
     axis.set_title("\n".join(textwrap.wrap(title, 32)[:2]), fontsize=8, parse_math=False)
-    return shown
 
 
 def plot_masks(pictures, captions, grid, path):
@@ -754,17 +728,15 @@ def plot_masks(pictures, captions, grid, path):
     rows = figure.subplots(len(pictures), 3, squeeze=False)
     for draw, (picture, caption, axes) in enumerate(zip(pictures, captions, rows)):
         masks = model.sample_masks(grid, 1, seed=draw)
-        pixels = np.asarray(picture.resize((16 * grid[1], 16 * grid[0]))) / 255
-        seen = np.full(grid[0] * grid[1], 0.15)
-        seen[masks.context[0]] = 1
-        seen = seen.reshape(grid).repeat(16, 0).repeat(16, 1)[:, :, None]
-        show(axes[0], pixels, caption)
-        show(axes[1], pixels * seen, "context: what X sees")
-        show(axes[2], pixels, "target blocks: what is predicted")
-        for block, colour in zip(masks.target[0].numpy(), ("red", "gold", "cyan", "magenta")):
+        for axis, title in zip(axes, (caption, "context: what X sees", "target blocks: what is predicted")):
+            show(axis, picture, title, grid)
+        dark = np.full(math.prod(grid), 0.85)
+        dark[masks.context[0]] = 0
+        axes[1].imshow(np.zeros(grid), "gray", alpha=dark.reshape(grid), extent=(0, grid[1], grid[0], 0))
+        for block, colour in zip(masks.target[0].tolist(), ("red", "gold", "cyan", "magenta")):
             (top, left), (bottom, right) = divmod(block[0], grid[1]), divmod(block[-1], grid[1])
-            corner, width, height = (16 * left, 16 * top), 16 * (right + 1 - left), 16 * (bottom + 1 - top)
-            axes[2].add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=2))
+            axes[2].add_patch(Rectangle((left, top), right + 1 - left, bottom + 1 - top, fill=False,
+                                        edgecolor=colour, linewidth=2))
     figure.savefig(path, dpi=100)
 
 
@@ -773,14 +745,13 @@ def plot_maps(pictures, grid, maps, titles, path):
     by how much that with the second is higher."""
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
-    for axes, picture, pair, (first, second) in zip(rows, pictures, maps.unflatten(-1, grid).numpy(), titles):
-        show(axes[0], picture.resize((16 * grid[1], 16 * grid[0])), "picture")
-        for axis, energies, title in zip(axes[1:], pair, (first, second)):
-            figure.colorbar(show(axis, energies, title, vmin=0, vmax=pair.max()), ax=axis, shrink=0.8)
+    for axes, picture, pair, captions in zip(rows, pictures, maps.unflatten(-1, grid).numpy(), titles):
+        show(axes[0], picture, "picture", grid)
+        for axis, energies, caption in zip(axes[1:], pair, captions):
+            show(axis, energies, caption, grid, vmin=0, vmax=pair.max())
         gap = pair[1] - pair[0]
         most = abs(gap).max()
-        shown = show(axes[3], gap, "second minus first", cmap="coolwarm", vmin=-most, vmax=most)
-        figure.colorbar(shown, ax=axes[3], shrink=0.8)
+        show(axes[3], gap, "second minus first", grid, cmap="coolwarm", vmin=-most, vmax=most)
     figure.suptitle("energy of each patch, given the caption above it")
     figure.savefig(path, dpi=100)
 
@@ -788,15 +759,11 @@ def plot_maps(pictures, grid, maps, titles, path):
 def run(argv=None):
     """The command line -> exit code, see data.run_command."""
     args = parse_args(argv)
-
-    def command():
-        if args.eval or args.bench:
-            return evaluate(args) if args.eval else bench(args)
-        writes = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
-        with data.locked(args.out, "--out") if writes else nullcontext():
-            return main(args)
+    command = evaluate if args.eval else bench if args.bench else main
+    if command is main and (not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"):
+        command = data.locked(args.out, "--out")(main)  # one process writes
     to_lower = "--batch_size or --held_out, or raise --accumulate, which gives the same result"
-    code = data.run_command(command, to_lower)
+    code = data.run_command(lambda: command(args), to_lower)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

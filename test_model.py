@@ -473,7 +473,7 @@ def test_nothing_is_left_on_the_cpu(pretrained, toy, images, tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_half_precision_is_for_the_forward_passes_only(net, images, name):
     dtype, masks, runs = getattr(torch, name), sample_masks(net.grid, 3, 0), []
-    for net.precision in ("auto", name):  # auto is float32 on a CPU
+    for net.dtype in (model.pick_dtype("auto", net.device), dtype):  # auto is float32 on a CPU
         features = net.frozen(images, TEXTS)
         out = net(*features, masks)
         runs.append([*features[:2], out.prediction, out.energy, out.target, *net.encode(images, TEXTS)])
@@ -501,7 +501,7 @@ def test_a_gpu_is_used_in_the_precision_it_has_and_never_replaced_in_silence(mon
         supported = lambda including_emulation=True: fast or including_emulation
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert model.pick_dtype("auto", torch.device("cuda")) == dtype
-    monkeypatch.setattr(model, "nvidia_smi", lambda what, *_: "GPU 0" if what == "-L" else "470.57\n470.57")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="470.57\n470.57\n"))
     for backend in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(backend, "is_available", lambda: False)
     done = call(pretrain, "--coco", "/nowhere")
@@ -914,7 +914,7 @@ def test_a_copy_needs_no_new_cache_and_another_recipe_gets_one(encoded, tmp_path
         nets[1].image_encoder.vit.blocks[0].mlp.fc1.bias[0] += 1e-3
         nets[2].text_encoder.bert.encoder.layer[0].output.dense.bias += 1e-3
     nets[3].image_encoder.data_config["mean"] = (0.1, 0.2, 0.3)
-    nets[4].precision = "bfloat16"
+    nets[4].dtype = torch.bfloat16
     for net in (*nets[1:], model.TIJEPA(replace(config, vocabulary=config.vocabulary[::-1]))):
         encode(net=net)
     (one, texts), (two, others), *rest = items
@@ -1276,7 +1276,7 @@ def test_energy_maps_average_the_masks_that_hid_each_patch(net, images):
     total, count, draw = torch.zeros(3, 36), torch.zeros(36), 0
     while count.min() < 3:
         masks = sample_masks(net.grid, 1, draw)
-        energies = net(*features, masks.expand(3)).patch_energy
+        energies = net(*features, masks).patch_energy
         for place in np.ndindex(*masks.target[0].shape):  # (block, its patch)
             patch = masks.target[0][place]
             total[:, patch] += energies[(slice(None), *place)].detach()
@@ -1905,7 +1905,7 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, pre
     before = model.hash_weights(single.net.target_encoder)
     split = [part[single.y[part] != missing] for part in single.split]
     for dtype in ("float32", precision):
-        monkeypatch.setattr(single.net, "precision", dtype)
+        monkeypatch.setattr(single.net, "dtype", getattr(torch, dtype))
         tuned, _, start, probe = tune(single, 6, split)
         found += [finetune_mvsa.predict(one, single.cache, split[0]) for one in (start, tuned)]
         assert not any(torch.equal(p, start.get_parameter(name)) for name, p in tuned.named_parameters())
