@@ -547,13 +547,20 @@ def ablation_table(folder):
     return markdown(("variant", "runs", *measured, *accuracies), *rows) + "\n"
 
 
+def seconds_of_eval(checkpoint):
+    """What `pretrain.py --eval` took, by its eval.json beside the checkpoint: a Counter, empty if none."""
+    try:
+        return Counter(json.loads((Path(checkpoint).parent / "eval.json").read_text())["seconds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return Counter()
+
+
 def main(args):
-    """The command of the parsed arguments -> exit code 0."""
+    """The command of the parsed arguments."""
     if args.ablate:
         table = ablation_table(Path(args.ablate))
         (Path(args.ablate) / "results.md").write_text(table, encoding="utf-8")
-        print(table)
-        return 0
+        return print(table)
     if args.split and args.protocol != "standard":
         raise UserError(f"--split is of the standard protocol, not of --protocol {args.protocol}")
     folders = data.find_mvsa(args.mvsa)  # before any model is loaded
@@ -562,7 +569,7 @@ def main(args):
     net.place(device, args.dtype)
     print(f"finetune_mvsa: {args.checkpoint}, {', '.join(map(str, folders.values()))}, {device}, {net.dtype}")
     with data.locked(args.out, "--out"):
-        seconds = Counter(checkpoint["seconds"])
+        seconds = Counter(checkpoint["seconds"]) + seconds_of_eval(args.checkpoint)
         results, lines = judge(net, folders, seconds, args)
         table = make_table(results, net.config, args, checkpoint["start_share"])
         ending = "" if args.protocol == "standard" else f"_{args.protocol}"
@@ -581,7 +588,6 @@ def main(args):
             "start_share": checkpoint["start_share"], "seconds": seconds})
     print(f"\n{table}\nfinetune_mvsa: wrote {path.with_suffix('.md')} and the files beside it")
     print("seconds of each stage:", ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()))
-    return 0
 
 
 def run(argv=None):

@@ -513,8 +513,7 @@ def evaluate(args):
     net.place(model.pick_device(args.device), args.dtype)
     data.open_lock(args.out, "--out").close()  # but not hold it: a run may be evaluated while it trains
     if args.image:
-        rank_captions(args, net, checkpoint["log"])
-        return 0
+        return rank_captions(args, net, checkpoint["log"])
     held_out, found, coco = checkpoint["held_out"], {}, args.coco or checkpoint["coco"]
     items = [item for item in data.load_coco(coco)[0] if item[0].name in held_out]
     if items:
@@ -525,11 +524,13 @@ def evaluate(args):
         raise UserError(f"--eval {args.eval}: {len(differs)} of its {len(held_out)} held-out images are not "
                         f"in {coco}, or not what they were in training: {', '.join(differs[:5])}")
     features = next(cache.batches([(cache.readable, cache.first[cache.readable])]))
-    energies = energy_matrix(net, features, args.eval_masks)
+    seconds = Counter()
+    with data.timed(seconds, "evaluate the energies"):
+        energies = energy_matrix(net, features, args.eval_masks)
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
     folder = Path(args.out)
-    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
+    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"], "seconds": seconds})
     pictures = [data.read_image(items[i][0]) for i in cache.readable[:4]]
     captions = [items[i][1][0] for i in cache.readable[:4]]
     s_image, s_text, text_mask = (tensor[:len(pictures)] for tensor in features)
@@ -539,7 +540,6 @@ def evaluate(args):
     plot_energies(energies, folder / "energies.png")
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -603,10 +603,8 @@ def time_parts(args, net, optimizer, B):
               "probe": lambda: x.T @ x, "pass of a probe": lambda: x.T @ (x @ w)}
     for part, work in others.items():
         took[part], = median_seconds(device, [work], 10)
-    one = [tensor[:1] for tensor in features]
-    gflop = []
-    for work in ((lambda: net.frozen_image(images[:1])),
-                 lambda: net(*one, step["masks"].slice(0, 1)).energy.mean().backward()):
+    one, masks, gflop = [tensor[:1] for tensor in features], model.Masks(*(i[:1] for i in step["masks"])), []
+    for work in ((lambda: net.frozen_image(images[:1])), lambda: net(*one, masks).energy.mean().backward()):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted anywhere
             work()
         gflop.append(counter.get_total_flops() / 1e9)
@@ -675,7 +673,6 @@ def bench(args):
         "minutes of probes, 5 seeds": probes / 60, "minutes of fine-tuning, 5 seeds": tuning / 60})
     for what, value in report.items():
         print(f"{what:44}{value:10.4g}")
-    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1492,6 +1492,7 @@ def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained
     figures = json.loads((pretrained.out / "eval.json").read_text())
     assert figures.pop("images") == 8 and figures.pop("masks") == 2 and figures["step"] == 4
     assert figures.pop("skipped") == {"image not on disk": 1, "unreadable image": 1}
+    assert figures.pop("seconds")["evaluate the energies"] > 0
     assert 0.2 < figures["auc"] < 0.8  # 4 steps teach nothing
     assert all(name.replace("recall@5", "@5") in pretrain.__doc__ for name in figures)
     logged = run_log(pretrained.out)[-1]  # of the same weights
