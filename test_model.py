@@ -561,7 +561,7 @@ def test_pictures_of_every_kind_are_read_or_counted(tmp_path, encoded):
 
 def test_preprocessing_is_the_encoders():
     picture = Image.new("RGB", (100, 60))
-    picture.paste("white", (50, 0, 100, 60))
+    picture.paste("white", (90, 0, 100, 60))  # squashed, not cropped
     mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])
     config = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=mean.tolist(), std=std.tolist())
     tensor = data.image_transform(config)(picture)
@@ -625,9 +625,7 @@ def test_a_closed_pipe_a_missing_letter_or_no_stdout_ends_no_command():
 
 
 def tree(folder):
-    """All that lies below a folder, but locks: {path: its bytes, or False for a folder}."""
-    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes()
-            for path in folder.rglob("*") if path.name != ".lock"}
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("cut", ["write_toy_coco", "toy_post"])
@@ -853,11 +851,14 @@ def test_a_copy_needs_no_new_cache_and_another_recipe_gets_one(encoded, tmp_path
 
     encode(encoded.items[2:6])
     encode()
-    nets = [model.TIJEPA(config) for _ in range(3)]
+    nets = [model.TIJEPA(config) for _ in range(5)]
     encode(net=nets[0])
     assert len(set(folders)) == len(list((tmp_path / "cache").iterdir())) == 1
-    nets[1].image_encoder.vit.blocks[0].mlp.fc1.bias.data[0] += 1e-3
-    nets[2].precision = "bfloat16"
+    with torch.no_grad():
+        nets[1].image_encoder.vit.blocks[0].mlp.fc1.bias[0] += 1e-3
+        nets[2].text_encoder.bert.encoder.layer[0].output.dense.bias += 1e-3
+    nets[3].image_encoder.data_config["mean"] = (0.1, 0.2, 0.3)
+    nets[4].precision = "bfloat16"
     for net in (*nets[1:], model.TIJEPA(replace(config, vocabulary=config.vocabulary[::-1]))):
         encode(net=net)
     (one, texts), (two, others), *rest = items
@@ -867,7 +868,7 @@ def test_a_copy_needs_no_new_cache_and_another_recipe_gets_one(encoded, tmp_path
     encode(items[::-1])
     Image.open(one).rotate(90).save(one, "JPEG")  # another picture of the same name
     encode()
-    assert len(set(folders)) == len(folders) - 2 == 9
+    assert len(set(folders)) == len(folders) - 2 == 11
 
 
 DAMAGE = {
@@ -909,15 +910,14 @@ def test_a_lock_holds_until_its_process_ends_and_two_encode_once(encoded, tmp_pa
     assert held.wait(60)
     waiting = [forked(data.FeatureCache, tmp_path, encoded.items, encoded.net, 1) for _ in range(2)]
     time.sleep(0.5)
-    assert all(process.is_alive() for process in waiting) and not tree(folder)
+    assert all(process.is_alive() for process in waiting) and list(tree(folder)) == [".lock"]
     holder.kill()  # kill -9: nothing of its own can let go of the lock
     assert all(map(ends_well, waiting)) and tree(folder) == tree(encoded.cache.folder)
     assert capfd.readouterr().err.count("cannot be read") == 1
 
 
-def test_what_the_disk_or_float16_cannot_hold_is_refused(encoded, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_before_and_cleaned_after(encoded, tmp_path, monkeypatch):
     needed = sum((encoded.cache.folder / name).stat().st_size - 128 for name in data.FILES)  # without headers
-    given, frozen = (tmp_path, encoded.items, encoded.net, 1), encoded.net.frozen_image
 
     def full(file, start, size):
         raise OSError(data.errno.ENOSPC, "no room")
@@ -926,15 +926,18 @@ def test_what_the_disk_or_float16_cannot_hold_is_refused(encoded, tmp_path, monk
     for free in (needed - 1, needed):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
         with pytest.raises(UserError, match=rf"takes .* GB in {tmp_path}.*--cache DIR"):
-            data.FeatureCache(*given)
-        assert not tree(tmp_path / encoded.cut.name)
+            data.FeatureCache(tmp_path, encoded.items, encoded.net, 1)
+        assert list(tree(tmp_path / encoded.cut.name)) == [".lock"]
     monkeypatch.undo()
+    data.FeatureCache(tmp_path, encoded.items, encoded.net, 1)
+    assert tree(tmp_path / encoded.cut.name) == tree(encoded.cache.folder)
+
+
+def test_features_that_float16_cannot_hold_are_refused(encoded, tmp_path, monkeypatch):
+    frozen = encoded.net.frozen_image
     monkeypatch.setattr(encoded.net, "frozen_image", lambda images: frozen(images) * 1e6)
     with pytest.raises(UserError, match="do not fit float16"):
-        data.FeatureCache(*given)
-    monkeypatch.undo()
-    data.FeatureCache(*given)
-    assert tree(tmp_path / encoded.cut.name) == tree(encoded.cache.folder)
+        data.FeatureCache(tmp_path, encoded.items, encoded.net, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
