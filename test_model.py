@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -31,9 +30,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
+from sklearn.metrics import accuracy_score, classification_report, confusion_matrix
 from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
@@ -54,6 +53,7 @@ WORDS = "a red dog on blue grass under the sky with two cats".split()
 CONFIG = replace(model.PRESETS["toy"], dim=32, predictor_dim=32, target="ema", vocabulary=WORDS)
 TEXTS = ["a red dog", "blue grass under the sky with two cats on a dog", "cats"]
 SHORT = ["--epochs", 10, "--batch_size", 8, "--held_out", 8, "--log_every", 1, "--device", "cpu"]  # 40 steps
+CAPTIONS = "annotations/captions_train2017.json"
 SLOW = {"images_per_s", "data_wait"}  # the fields of a log line that tell the time
 
 
@@ -68,37 +68,28 @@ def fresh_rng():
     return np.random.default_rng(seed)
 
 
-def call(module, *options):
-    """A command in this process -> its exit code, stdout and stderr."""
+def call(module, *options, code=0):
+    """A command in this process, which must end with this exit code -> its stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = module.run([str(option) for option in options])
+            found = module.run([str(option) for option in options])
         except SystemExit as stopped:  # argparse's own way
-            code = stopped.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+            found = stopped.code
+    assert found == code, err.getvalue()
+    return SimpleNamespace(out=out.getvalue(), err=err.getvalue())
 
 
-def in_child(module, options, out):
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{out}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    os._exit(module.run(options))
-
-
-def start(module, *options):
-    """A command in a fork of this process, for signals and kills -> (process, folder of its output)."""
-    out = Path(tempfile.mkdtemp())
-    options = [str(option) for option in options]
-    process = multiprocessing.get_context("fork").Process(target=in_child, args=(module, options, out))
+def forked(work, *given):
+    """A function in a fork of this process, for signals and kills."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=given, daemon=True)
     process.start()
-    return process, out
+    return process
 
 
-def subprocess_run(*command, **options):
-    """python with these words, as a user types it -> CompletedProcess."""
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+def execute(*command, **options):
+    """A command in a process of its own, as a user types it -> CompletedProcess."""
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.fixture
@@ -121,14 +112,14 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretrained(toy, tmp_path_factory):
-    """The folder of a finished run of 4 steps, its options, and what it printed."""
+    """The folder of a finished run of 4 steps and of its --eval, the run's options, and what both printed."""
     out = tmp_path_factory.mktemp("pretrained")
     options = ["--coco", toy / "coco", "--cache", out / "cache", "--epochs", 2, "--batch_size", 16,
                "--accumulate", 2, "--log_every", 3, "--held_out", 8, "--device", "cpu"]
     done = call(pretrain, *options, "--out", out / "out")
-    assert done.code == 0, done.err
-    out = out / "out"
-    return SimpleNamespace(out=out, checkpoint=out / "checkpoint.pt", options=options, done=done)
+    checkpoint = out / "out" / "checkpoint.pt"
+    judged = call(pretrain, "--eval", checkpoint, "--cache", out / "cache", "--device", "cpu")
+    return SimpleNamespace(out=out / "out", checkpoint=checkpoint, options=options, done=done, judged=judged)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -136,17 +127,19 @@ def pretrained(toy, tmp_path_factory):
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (6, 9), (14, 14), (16, 16)])
-def test_masks_are_disjoint_in_range_and_reach_every_patch(grid):
-    N = grid[0] * grid[1]
+def test_masks_are_disjoint_in_range_and_reach_every_patch_alike(grid):
+    N, half = grid[0] * grid[1], grid[0] // 2
     seen, hidden = torch.zeros(N), torch.zeros(N)
-    for step in range(60):
-        context, target = sample_masks(grid, 16, 0, step)
-        assert len(context) == len(target) == 16 and target.shape[1] == 4
+    for step in range(20):
+        context, target = sample_masks(grid, 128, 0, step)
+        assert len(context) == len(target) == 128 and target.shape[1] == 4
         for c, t in zip(context.tolist(), target.flatten(1).tolist()):
             assert len(set(c)) == len(c) > 0 and not set(c) & set(t)
         seen += torch.bincount(context.flatten(), minlength=N)  # an error for an index out of range
         hidden += torch.bincount(target.flatten(), minlength=N)
     assert (seen > 0).all() and (hidden > 0).all()
+    rows = seen.view(grid).sum(1)  # a large batch does not lose the bottom rows
+    assert 0.95 < rows[half:].sum() / rows[:half].sum() < 1.05 and 0.9 < rows[-1] / rows[0] < 1.1
 
 
 def test_target_blocks_are_rectangles_of_the_right_area_and_aspect():
@@ -170,13 +163,6 @@ def test_masks_are_a_function_of_grid_batch_seed_and_step():
     images = {tuple(image.flatten().tolist()) for seed in (0, 1, 2 ** 31 - 1) for step in range(5)
               for image in sample_masks((14, 14), 8, seed, step).target}
     assert len(images) == 3 * 5 * 8  # and drawn for each image
-
-
-def test_a_large_batch_does_not_lose_the_bottom_rows():
-    contexts = [sample_masks((14, 14), 256, seed).context.flatten() for seed in range(20)]
-    counts = torch.bincount(torch.cat(contexts) // 14, minlength=14)
-    assert 0.95 < counts[7:].sum() / counts[:7].sum() < 1.05
-    assert 0.9 < counts[13] / counts[0] < 1.1
 
 
 @pytest.mark.parametrize("loss, target", [("mse", "ema"), ("smooth_l1", "ema"), ("mse", "image")])
@@ -208,9 +194,6 @@ def test_energy_equals_a_plain_loop(images, loss, target):
         errors = d ** 2 if loss == "mse" else torch.where(d < 1, 0.5 * d ** 2, d - 0.5)
         assert torch.allclose(out.patch_energy[b], errors.mean(-1), rtol=1e-5)
         assert out.energy[b].item() == pytest.approx(errors.mean().item(), rel=1e-5)
-    changed = net(*net.frozen(images, [TEXTS[1], *TEXTS[1:]]), masks)  # the caption itself does change it
-    assert (changed.energy[0] - out.energy[0]).abs() > 3e-4
-    assert (changed.target[0] - out.target[0]).abs().max() > 0.1 or target == "image"
 
 
 def test_vicreg_term_and_measures_of_collapse_by_hand():
@@ -244,14 +227,15 @@ def test_sigreg_term_equals_a_plain_loop_and_tells_normal_from_collapsed():
     assert terms[2] > 300 and terms[3] > 300
 
 
-def test_score_is_the_energy_of_each_pair_wherever_it_stands(net, images):
-    scores = net.score(images, TEXTS, draws=3)
+def test_score_and_matrix_are_the_energies_of_each_pair_wherever_it_stands(net, images):
+    """Any leak from one pair to another would fake an AUC."""
     masks = [sample_masks(net.grid, 1, draw) for draw in range(3)]
-    pairs = [net.frozen(images[b:b + 1], TEXTS[b:b + 1]) for b in range(3)]
+    pairs = [net.frozen(images[i:i + 1], [text]) for i in range(3) for text in TEXTS]
     by_hand = [np.mean([net(*pair, mask).energy.item() for mask in masks]) for pair in pairs]
-    assert scores.tolist() == pytest.approx(by_hand, rel=1e-5) and not scores.requires_grad
     matrix = pretrain.energy_matrix(net, net.frozen(images, TEXTS), draws=3)
-    assert torch.allclose(matrix.diagonal(), scores, rtol=1e-5)
+    assert matrix.flatten().tolist() == pytest.approx(by_hand, rel=1e-5) and matrix.shape == (3, 3)
+    scores = net.score(images, TEXTS, draws=3)
+    assert torch.allclose(scores, matrix.diagonal(), rtol=1e-5) and not scores.requires_grad
 
 
 def test_ema_starts_equal_then_follows_the_formula(net):
@@ -302,7 +286,16 @@ def test_encode_gives_the_target_encoders_tokens_and_their_mean(net, images):
     assert torch.equal(empty, blank) and empty.isfinite().all()
 
 
-def test_what_cannot_be_is_refused_in_words(net, images):
+def test_what_cannot_be_is_refused_in_words(net, images, tmp_path):
+    save_text_encoder(tmp_path, num_hidden_layers=3)
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    lacking = {key: value for key, value in state.items() if "blocks.1.attn.proj" not in key}
+    cnn, fc1 = timm.create_model("test_efficientnet", num_classes=0).state_dict(), "blocks.0.mlp.fc1.weight"
+
+    def load(name, state):
+        torch.save(state, tmp_path / "weights")
+        model.ImageEncoder(name, str(tmp_path / "weights"))
+
     for attempt, words in (
             (lambda: net.encode(images, "a red dog"), "list of strings, not the string 'a red dog'"),
             (lambda: net.encode(images[:1], TEXTS), "1 pictures, 3 texts"),
@@ -311,7 +304,13 @@ def test_what_cannot_be_is_refused_in_words(net, images):
             (lambda: replace(CONFIG, predictor_dim=6), "predictor_dim=6"),
             (lambda: replace(CONFIG, loss="l1"), '"mse" or "smooth_l1".*"l1"'),
             (lambda: replace(CONFIG, target="text"), 'target must be.*"text"'),
-            (lambda: sample_masks((9, 5), 2, 0), "9 x 5 patch grid is too small.*--image_encoder")):
+            (lambda: sample_masks((9, 5), 2, 0), "9 x 5 patch grid is too small.*--image_encoder"),
+            (lambda: load("test_vit", lacking), "blocks.1.attn.proj.weight"),
+            (lambda: load("test_vit", {**state, fc1: torch.zeros(3, 3)}), fc1),
+            (lambda: load("test_vit", {**state, "extra.weight": torch.zeros(1)}), "extra.weight"),
+            (lambda: load("test_efficientnet", cnn), "patch grid"),
+            (lambda: load("no_such_vit", state), "Unknown model"),
+            (lambda: model.TextEncoder(str(tmp_path)), "encoder.layer.2")):  # its config says 3 layers
         with pytest.raises(UserError, match=words):
             attempt()
 
@@ -327,25 +326,18 @@ def test_presets_are_the_papers():
 @pytest.mark.parametrize("name, prefix", [("test_vit", 1), ("test_vit_relpos", 0)])
 def test_patch_tokens_without_class_token(tmp_path, name, prefix):
     vit = timm.create_model(name, num_classes=7).eval()  # a classifier may be left over: f_I has none
-    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    state = vit.state_dict()
+    ijepa = {"encoder": {f"module.{key}": value for key, value in state.items()}, "predictor": {},
+             "target_encoder": {f"module.{key}": value + 1 for key, value in state.items()}}
+    torch.save(state, tmp_path / "vit")
+    torch.save(ijepa if prefix else state, tmp_path / "ijepa")  # in the format of I-JEPA's own file
     timm.models.save_for_hf(vit, tmp_path / "hub")
     pictures = torch.randn(2, 3, 160, 160, generator=seeded(0))
     expected = vit.forward_features(pictures)[:, prefix:]
-    for source in ((name, str(tmp_path / "vit.pth")), (f"local-dir:{tmp_path}/hub",)):
+    for source in ((name, f"{tmp_path}/vit"), (name, f"{tmp_path}/ijepa"), (f"local-dir:{tmp_path}/hub",)):
         encoder = model.ImageEncoder(*source)
         assert torch.allclose(encoder(pictures), expected, atol=1e-5) and expected.shape[1] == 100
         assert encoder.grid == (10, 10) and encoder.data_config["input_size"] == (3, 160, 160)
-
-
-def test_timm_reads_ijepas_own_file_format(tmp_path, monkeypatch):
-    create, kind = timm.create_model, dict(class_token=False, global_pool="avg", fc_norm=False)
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **kind, **options))
-    state = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
-    entry = {f"module.{key}": value for key, value in state.items()}
-    target = {key: value + 1 for key, value in entry.items()}
-    torch.save({"encoder": entry, "target_encoder": target, "predictor": {}}, tmp_path / "vit.pth.tar")
-    loaded = model.ImageEncoder("vit_tiny_patch16_224", str(tmp_path / "vit.pth.tar")).vit.state_dict()
-    assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
 SMALL = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
@@ -379,24 +371,6 @@ def test_text_encoders_load_from_a_folder(tmp_path, name, longest):
     ids = torch.tensor([[2 + WORDS.index(word) for word in TEXTS[0].split()]])
     expected = (saved.encoder if name == "t5" else saved)(input_ids=ids).last_hidden_state
     assert torch.allclose(states[0, :3], expected[0], atol=1e-5)
-
-
-def test_encoders_that_do_not_load_whole_are_refused(tmp_path):
-    save_text_encoder(tmp_path, num_hidden_layers=3)
-    state = timm.create_model("test_vit", num_classes=0).state_dict()
-    lacking = {key: value for key, value in state.items() if "blocks.1.attn.proj" not in key}
-    reshaped = {**state, "blocks.0.mlp.fc1.weight": torch.zeros(3, 3)}
-    cnn = timm.create_model("test_efficientnet", num_classes=0).state_dict()
-    for name, content, words in (
-            ("test_vit", lacking, "blocks.1.attn.proj.weight"),
-            ("test_vit", reshaped, "blocks.0.mlp.fc1.weight"),
-            ("test_vit", {**state, "extra.weight": torch.zeros(1)}, "extra.weight"),
-            ("test_efficientnet", cnn, "patch grid"), ("no_such_vit", state, "Unknown model")):
-        torch.save(content, tmp_path / "vit.pth")
-        with pytest.raises(UserError, match=words):
-            model.ImageEncoder(name, str(tmp_path / "vit.pth"))
-    with pytest.raises(UserError, match="encoder.layer.2"):
-        model.TextEncoder(str(tmp_path))
 
 
 def test_encoders_are_known_by_all_that_decides_their_output(net, tmp_path):
@@ -433,10 +407,8 @@ def test_a_checkpoint_runs_no_code_and_is_refused_unless_whole(pretrained, tmp_p
     (files / "torn").write_bytes(pretrained.checkpoint.read_bytes()[:-1000])
     (files / "empty").write_bytes(b"")
     for path in (*files.iterdir(), files, tmp_path / "none.pt"):
-        done = call(pretrain, "--eval", path, "--coco", "/nowhere")
-        assert done.code == 2 and f"{path} is not a whole checkpoint" in done.err
-        with pytest.raises(UserError, match="is not a whole checkpoint"):
-            model.TIJEPA.from_checkpoint(path)
+        said = call(pretrain, "--eval", path, "--coco", "/nowhere", code=2).err
+        assert f"{path} is not a whole checkpoint" in said
     assert not folder.exists()
     loaded = model.TIJEPA.from_checkpoint(pretrained.checkpoint)[0]
     for part, state in whole["model"].items():
@@ -462,8 +434,7 @@ def test_nothing_is_left_on_the_cpu(pretrained, toy, images, tmp_path, monkeypat
     monkeypatch.setattr(model.TIJEPA, "fingerprint", lambda net: encoders)  # so that the cache is found
     monkeypatch.setattr(model, "pick_device", lambda name: torch.device("meta"))
     with Elsewhere():
-        done = call(pretrain, *pretrained.options, "--epochs", 1, "--out", tmp_path)
-        assert done.code == 0, done.err
+        call(pretrain, *pretrained.options, "--epochs", 1, "--out", tmp_path)
         net = model.TIJEPA.from_checkpoint(pretrained.checkpoint)[0].to("meta")
         features = net.frozen(images, TEXTS)
         assert all(tensor.is_meta for tensor in (*features, *net.encode(images, TEXTS)))
@@ -504,8 +475,8 @@ def test_a_gpu_is_used_in_the_precision_it_has_and_never_replaced_in_silence(mon
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="470.57\n470.57\n"))
     for backend in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(backend, "is_available", lambda: False)
-    done = call(pretrain, "--coco", "/nowhere")
-    assert done.code == 2 and "driver 470.57)" in done.err and "--device cpu" in done.err
+    said = call(pretrain, "--coco", "/nowhere", code=2).err
+    assert "driver 470.57)" in said and "--device cpu" in said
     assert model.pick_dtype("auto", model.pick_device("cpu")) == torch.float32
 
 
@@ -533,10 +504,6 @@ def test_a_checkpoint_finds_its_encoders_where_they_lie_now(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# data.py
-
-
-# ------------------------------------------------------------------------------------------------------------
 # data.py: pictures, the toy world, COCO
 
 SPECKLED = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -557,12 +524,6 @@ NO_IMAGES = {  # to read some of these would never end
     "device": lambda path: path.symlink_to("/dev/zero"),
     "unreadable": lambda path: path.symlink_to("/proc/self/mem"),
 }
-
-
-def forked(work, *given):
-    process = multiprocessing.get_context("fork").Process(target=work, args=given, daemon=True)
-    process.start()
-    return process
 
 
 def ends_well(process):
@@ -593,15 +554,14 @@ def test_pictures_of_every_kind_are_read_or_counted(tmp_path, encoded):
     assert ramp.getpixel((59, 39)) == (255, 255, 255) and abs(ramp.getpixel((30, 20))[0] - 131) < 2
 
 
-def test_preprocessing_is_the_encoders(tmp_path):
-    pixels = np.zeros((60, 100, 3), np.uint8)
-    pixels[:, 50:] = 255
-    Image.fromarray(pixels).save(tmp_path / "half.png")
-    config = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    tensor = data.image_transform(config)(data.read_image(tmp_path / "half.png"))
-    for channel, (mean, std) in enumerate(zip(config["mean"], config["std"])):
-        assert tensor[channel, 16, 0].item() == pytest.approx((0 - mean) / std, abs=1e-5)  # the left edge
-        assert tensor[channel, 16, 31].item() == pytest.approx((1 - mean) / std, abs=1e-5)  # and the right
+def test_preprocessing_is_the_encoders():
+    picture = Image.new("RGB", (100, 60))
+    picture.paste("white", (90, 0, 100, 60))  # squashed, not cropped
+    mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]])
+    config = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=mean.tolist(), std=std.tolist())
+    tensor = data.image_transform(config)(picture)
+    assert torch.allclose(tensor[:, 16, 0], -mean / std, atol=1e-5)  # the left edge
+    assert torch.allclose(tensor[:, 16, 31], (1 - mean) / std, atol=1e-5)  # and the right
 
 
 def smooth_picture(width, height):
@@ -611,25 +571,20 @@ def smooth_picture(width, height):
     return (np.stack([x / width, y / height, waves], axis=-1) * 255).astype(np.uint8)
 
 
-# By the EXIF standard: which way the file's rows and columns run in each orientation
-TURNED = {1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (-1, 1), 7: (-1, -1), 8: (1, -1)}
-
-
-@pytest.mark.parametrize("form, pixels, width", [
+@pytest.mark.parametrize("form, pixels, longest", [
     ("JPEG", smooth_picture(1200, 800), 150),  # a large one is decoded smaller
     ("JPEG", smooth_picture(90, 60), 90),
     ("TIFF", smooth_picture(60, 40), 60), ("PNG", smooth_picture(60, 40)[:, :, 2], 60)])
-def test_pictures_are_turned_upright_and_look_the_same(tmp_path, form, pixels, width):
-    exif, expected = Image.Exif(), Image.fromarray(pixels).convert("RGB").resize((width, width * 2 // 3))
-    if pixels.ndim == 2:
-        pixels = pixels.astype(np.uint16) * 257
-    for orientation, (rows, columns) in TURNED.items():
-        exif[0x0112] = orientation
-        stored = pixels.swapaxes(0, 1) if orientation > 4 else pixels
-        image = Image.fromarray(np.ascontiguousarray(stored[::rows, ::columns]))
-        image.save(tmp_path / "image", form, quality=95, exif=exif)
-        found = np.asarray(data.read_image(tmp_path / "image", (48, 48))).astype(float)
-        assert np.abs(found - np.asarray(expected)).mean() < 3
+def test_pictures_are_turned_upright_and_look_the_same(tmp_path, form, pixels, longest):
+    plain = Image.fromarray(pixels).convert("RGB")
+    stored = Image.fromarray(pixels if pixels.ndim == 3 else pixels.astype(np.uint16) * 257)
+    for orientation in range(1, 9):
+        plain.getexif()[0x0112] = orientation
+        stored.save(tmp_path / "image", form, quality=95, exif=plain.getexif())
+        found = data.read_image(tmp_path / "image", (48, 48))
+        expected = ImageOps.exif_transpose(plain).resize(found.size)
+        assert max(found.size) == longest
+        assert np.abs(np.asarray(found).astype(float) - np.asarray(expected)).mean() < 3
 
 
 def test_corrupt_exif_does_not_spoil_a_good_picture(tmp_path):
@@ -646,7 +601,7 @@ def test_corrupt_exif_does_not_spoil_a_good_picture(tmp_path):
         assert data.read_image(tmp_path / "image", (48, 48)).tobytes() in upright, content
 
 
-def test_a_closed_pipe_a_missing_letter_or_no_stdout_ends_no_command(monkeypatch):
+def test_a_closed_pipe_a_missing_letter_or_no_stdout_ends_no_command():
     """`... | head -1`, where stdout can only ASCII; and `... >&- 2>&-`."""
     reader, writer = os.pipe()
 
@@ -658,39 +613,37 @@ def test_a_closed_pipe_a_missing_letter_or_no_stdout_ends_no_command(monkeypatch
             print("red")
         return 3
 
-    with monkeypatch.context() as patch, open(writer, "w", encoding="ascii") as stdout:
-        patch.setattr(sys, "stdout", stdout)
+    with open(writer, "w", encoding="ascii") as stdout, contextlib.redirect_stdout(stdout):
         assert data.run_command(command, "") == 3
-    monkeypatch.setattr(sys, "stdout", None)
-    assert data.run_command(lambda: print("red") or 3, "") == 3
+    with contextlib.redirect_stdout(None):
+        assert data.run_command(lambda: print("red") or 3, "") == 3
 
 
 def tree(folder):
-    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    """{name: bytes, of eval.json without its seconds} of all that is below a folder."""
+    found = {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    if "eval.json" in found:
+        found["eval.json"] = re.sub(rb'"evaluate the energies": [^}]*', b"", found["eval.json"])
+    return found
 
 
 @pytest.mark.parametrize("cut", ["write_toy_coco", "merge_labels"])
 def test_toy_data_are_completed_to_the_same_bytes_and_touch_nothing_else(tmp_path, monkeypatch, cut):
-    def interrupted(*given):
-        raise KeyboardInterrupt
-
     names = ("toy", "whole", "other", "mine", "toy.part")
-    toy, whole, other, mine, part = (tmp_path / name for name in names)
+    toy, whole, other, mine, thesis = (tmp_path / name for name in names)
     (mine / "coco").mkdir(parents=True)
-    part.mkdir()
-    (part / "thesis.txt").write_text("mine")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, cut, interrupted)
+    thesis.write_text("mine")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(data, cut, lambda *given: 1 / 0)
         data.write_toy(toy, 4, 5)
     before = tree(tmp_path)
-    for folder, posts in ((toy, 6), (mine, 5), (part / "thesis.txt", 5)):
-        done = call(data, "toy", folder, "--images", 4, "--posts", posts)
-        said = "is no folder" if folder.is_file() else "exists, but not as toy data of"
-        assert done.code == 2 and f"{folder} {said}" in done.err
+    for folder, posts in ((toy, 6), (mine, 5), (thesis, 5)):
+        said = "is no folder" if folder == thesis else "exists, but not as toy data of"
+        assert f"{folder} {said}" in call(data, "toy", folder, "--images", 4, "--posts", posts, code=2).err
     assert tree(tmp_path) == before
     for folder, seed in ((toy, 0), (whole, 0), (other, 1)):
         data.write_toy(folder, 4, 5, seed)
-    assert tree(toy) == tree(whole) and (part / "thesis.txt").read_text() == "mine"
+    assert tree(toy) == tree(whole) and thesis.read_text() == "mine"
     for name in ("mvsa/MVSA_Single/data/1.txt", "coco/train2017/000000000000.jpg"):
         assert tree(toy)[name] != tree(other)[name]
 
@@ -700,13 +653,12 @@ def test_coco_is_read_and_what_cannot_be_used_is_counted(toy, tmp_path):
     assert [path.name for path, _ in items] == [f"{i:012d}.jpg" for i in range(41)]
     assert all(len(captions) == 5 for _, captions in items) and skipped == {"image not on disk": 1}
     assert data.load_coco(toy / "coco", 7) == (items[:7], skipped)
-    content = json.loads((toy / "coco" / "annotations" / "captions_train2017.json").read_text())
+    coco = shutil.copytree(toy / "coco", tmp_path / "coco")
+    content = json.loads((coco / CAPTIONS).read_text())
     del content["images"][0]
     content["annotations"] = [note for note in content["annotations"] if note["image_id"] != 1]
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "captions_train2017.json").write_text(json.dumps(content))
-    (tmp_path / "train2017").symlink_to(toy / "coco" / "train2017")
-    found, skipped = data.load_coco(tmp_path)
+    (coco / CAPTIONS).write_text(json.dumps(content))
+    found, skipped = data.load_coco(coco)
     assert skipped == {"captioned image not listed": 1, "image not on disk": 1, "image without caption": 1}
     assert [(path.name, texts) for path, texts in found] == [(path.name, texts) for path, texts in items[2:]]
 
@@ -736,22 +688,16 @@ class BadConnection(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(toy, monkeypatch):
+def server(toy, tmp_path_factory, monkeypatch):
     """A server at 127.0.0.1, where data.py then looks for the toy's COCO."""
-    def zipped(folder):
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w") as archive:
-            for name, held in tree(toy / "coco" / folder).items():
-                archive.writestr(f"{folder}/{name}", held)
-        return content.getvalue()
-
     monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), BadConnection) as server:
         server.url, server.asked, server.ranges = f"http://127.0.0.1:{server.server_port}", [], True
         server.files = {f"/{name}": held for name, held in tree(toy / "coco").items() if held}
-        server.files["/annotations/annotations_trainval2017.zip"] = zipped("annotations")
-        server.files["/zips/train2017.zip"] = zipped("train2017")
+        for folder, at in (("annotations", "annotations/annotations_trainval"), ("train2017", "zips/train")):
+            path = shutil.make_archive(tmp_path_factory.mktemp("zip") / "coco", "zip", toy / "coco", folder)
+            server.files[f"/{at}2017.zip"] = Path(path).read_bytes()
         server.faults = lambda path: ["500", "cut"][:zlib.crc32(path.encode()) % 3]
         monkeypatch.setattr(data, "PAUSES", (0, 0, 0))
         monkeypatch.setattr(data, "COCO_URL", server.url)
@@ -761,55 +707,58 @@ def server(toy, monkeypatch):
 
 
 def test_download_of_images_completes_over_a_bad_connection_and_is_not_done_again(toy, server, tmp_path):
-    assert call(data, "coco", tmp_path, "--images", 30).code == 0
+    call(data, "coco", tmp_path, "--images", 30)
     assert len(server.asked) > len(set(server.asked)) > 30
     items, expected = data.load_coco(tmp_path)[0], data.load_coco(toy / "coco", 30)[0]
     assert [(path.name, texts) for path, texts in items] == [(path.name, texts) for path, texts in expected]
     server.asked.clear()
-    assert call(data, "coco", tmp_path, "--images", 30).code == 0 and not server.asked
-    done = call(data, "coco", tmp_path, "--images", 42)  # the last one is listed, but nowhere
-    assert done.code == 2 and "1 of 42" in done.err and "000000000041.jpg (HTTP Error 404" in done.err
+    call(data, "coco", tmp_path, "--images", 30)
+    assert not server.asked
+    said = call(data, "coco", tmp_path, "--images", 42, code=2).err  # the last one is listed, but nowhere
+    assert "1 of 42" in said and "000000000041.jpg (HTTP Error 404" in said
     assert {**tree(tmp_path), **tree(toy / "coco")} == tree(tmp_path) and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_download_of_the_zip_is_unpacked_once_and_names_what_it_lacks(toy, server, tmp_path):
     server.faults = lambda path: ["cut", "500", "cut"]
-    done = call(data, "coco", tmp_path, "--images", 0)
-    assert done.code == 2 and "1 of 42" in done.err and "000000000041.jpg" in done.err
+    said = call(data, "coco", tmp_path, "--images", 0, code=2).err
+    assert "1 of 42" in said and "000000000041.jpg" in said
     assert all(path.endswith("2017.zip") for path, _ in server.asked)
     assert {**tree(tmp_path), **tree(toy / "coco")} == tree(tmp_path)
     (tmp_path / "train2017.zip").write_bytes(b"cut off")
-    done = call(data, "coco", tmp_path, "--images", 0)
-    assert done.code == 2 and f"{tmp_path}/train2017.zip is broken" in done.err
+    said = call(data, "coco", tmp_path, "--images", 0, code=2).err
+    assert f"{tmp_path}/train2017.zip is broken" in said
     (tmp_path / "train2017/000000000041.jpg").touch()
     server.asked.clear()
-    assert call(data, "coco", tmp_path, "--images", 0).code == 0 and not server.asked
+    call(data, "coco", tmp_path, "--images", 0)
+    assert not server.asked
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_download_of_weights_goes_on_where_it_broke_off(server, tmp_path, monkeypatch, ranges):
-    content = os.urandom(1_000_000)
+    content, path = os.urandom(1_000_000), tmp_path / "f_I.tar"
     server.files, server.ranges, options = {"/f_I.tar": content}, ranges, ["weights", tmp_path, "--preset"]
     server.faults = lambda path: ["500", "cut", "500", "500", "500"]
     config = SimpleNamespace(url=f"{server.url}/f_I.tar", hf_hub_id=None)
     monkeypatch.setattr(data.timm, "get_pretrained_cfg", lambda name: config)
-    done = call(data, *options, "small")
-    assert done.code == 2 and "HTTP Error 500" in done.err and f"{tmp_path}/f_I.tar.part" in done.err
+    said = call(data, *options, "small", code=2).err
+    assert "HTTP Error 500" in said and f"{path}.part" in said
     for _ in range(2):
-        assert call(data, *options, "medium").code == 0 and tree(tmp_path)["f_I.tar"] == content
+        call(data, *options, "medium")
+        assert path.read_bytes() == content
     assert [start for _, start in server.asked] == [0, 0, *4 * [499_999 * ranges]]
-    os.rename(tmp_path / "f_I.tar", tmp_path / "f_I.tar.part")  # killed just before the last step
-    assert call(data, *options, "small").code == 0 and tree(tmp_path)["f_I.tar"] == content
-    (tmp_path / "f_I.tar").unlink()
+    os.rename(path, f"{path}.part")  # killed just before the last step
+    call(data, *options, "small")
+    assert path.read_bytes() == content
+    path.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(os, "sysconf", lambda name: 1000)  # 1 MB; the file takes a quarter more
-        assert "0.00125 GB of memory; here: 0.001" in call(data, *options, "small").err
+        assert "0.00125 GB of memory; here: 0.001" in call(data, *options, "small", code=2).err
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=999_999))
-    done = call(data, *options, "large")
-    assert done.code == 2 and "0.001 GB of disk" in done.err and not (tmp_path / "f_I.tar").exists()
+    assert "0.001 GB of disk" in call(data, *options, "large", code=2).err and not path.exists()
     config.hf_hub_id = "timm/vit"
-    done = call(data, *options, "tiny")
-    assert done.code == 2 and "vit_tiny_patch16_224 cannot be loaded from the hub" in done.err
+    said = call(data, *options, "tiny", code=2).err
+    assert "vit_tiny_patch16_224 cannot be loaded from the hub" in said
     monkeypatch.setattr(data, "load_vit", lambda *given: None)
     assert "timm/vit is in huggingface's own cache" in call(data, *options, "tiny").out
 
@@ -831,9 +780,9 @@ def test_held_out_images_are_not_trained_on_and_a_lost_image_moves_no_other():
     rng = fresh_rng()
     items = [(Path(f"{i:012d}.jpg"), ["red"]) for i in rng.choice(10 ** 6, 100, replace=False)]
 
-    def hold_out(items, count=40, broken=()):
+    def hold_out(items, broken=()):
         cache = SimpleNamespace(items=items, readable=np.delete(np.arange(len(items)), list(broken)))
-        parts = data.hold_out(cache, count)
+        parts = data.hold_out(cache, 40)
         assert sorted(np.concatenate(parts)) == list(cache.readable) and len(parts[1]) == 40
         return [{items[i][0].name for i in part} for part in parts]
 
@@ -843,9 +792,6 @@ def test_held_out_images_are_not_trained_on_and_a_lost_image_moves_no_other():
         rest = [items[i] for i in rng.permutation(100) if i != lost]
         for train_now, held_now in (hold_out(rest), hold_out(items, broken=[lost])):
             assert held - {name} <= held_now and train_now == train - held_now - {name}
-    for count, message in ((99, "--held_out 99 of 99 readable"), (1, "--held_out 1 of 99")):
-        with pytest.raises(UserError, match=message):
-            hold_out(items, count, broken=[5])
     for images, count in ((300, 30), (5, 2), (2000, 100)):  # by default
         cache = SimpleNamespace(items=[(Path(str(i)), []) for i in range(images)], readable=np.arange(images))
         assert len(data.hold_out(cache, 0)[1]) == count
@@ -874,17 +820,15 @@ def encoded(toy, tmp_path_factory):
 def test_cached_features_are_those_encoded_on_the_fly(encoded):
     cache, items, images = encoded.cache, encoded.items, np.arange(40, 1, -2)
     owners, numbers = (images + 3) % 41, images % 5
-    cached = next(cache.batches([(images, cache.first[owners] + numbers)]))
+    s_image, s_text, mask = next(cache.batches([(images, cache.first[owners] + numbers)]))
     transform = data.image_transform(encoded.net.image_encoder.data_config)
     pictures = torch.stack([transform(data.read_image(items[i][0], (48, 48))) for i in images])
-    fresh = encoded.net.frozen(pictures, [items[owner][1][number] for owner, number in zip(owners, numbers)])
-    (s_image, s_text, mask), (expected, text, text_mask) = cached, fresh
+    texts = [items[owner][1][number] for owner, number in zip(owners, numbers)]
+    expected, text, text_mask = encoded.net.frozen(pictures, texts)
     assert s_image.dtype == s_text.dtype == torch.float32 and torch.equal(mask, text_mask)
     assert torch.allclose(s_image, expected, atol=3e-3)
     assert torch.allclose(s_text[mask], text[mask], atol=3e-3)
     assert not mask.all() and (s_text[~mask] == 0).all()
-    masks = sample_masks(encoded.net.grid, len(images), seed=0)
-    assert torch.allclose(encoded.net(*cached, masks).energy, encoded.net(*fresh, masks).energy, rtol=3e-2)
 
 
 def test_texts_that_are_cut_and_broken_images_are_counted(encoded, tmp_path, capsys):
@@ -897,10 +841,9 @@ def test_texts_that_are_cut_and_broken_images_are_counted(encoded, tmp_path, cap
 
 
 def test_a_copy_needs_no_new_cache_and_another_recipe_gets_one(encoded, tmp_path):
-    config, items, folders = encoded.net.config, [], []
-    for number, (path, texts) in enumerate(encoded.items[2:6]):
-        items.append((tmp_path / f"{9 - number}.jpeg", texts))
-        shutil.copyfile(path, items[-1][0])
+    config, folders = encoded.net.config, []
+    items = [(shutil.copyfile(path, tmp_path / f"{9 - number}.jpeg"), texts)
+             for number, (path, texts) in enumerate(encoded.items[2:6])]
 
     def encode(items=items, net=encoded.net):
         folders.append(data.FeatureCache(tmp_path / "cache", items, net, 1).folder)
@@ -964,8 +907,6 @@ def test_a_lock_holds_until_its_process_ends_and_two_encode_once(encoded, tmp_pa
 
     holder = forked(hold)
     assert held.wait(60)
-    with pytest.raises(UserError, match=f"another run writes to --out {folder}:"):
-        data.locked(folder, "--out").__enter__()
     waiting = [forked(data.FeatureCache, tmp_path, encoded.items, encoded.net, 1) for _ in range(2)]
     time.sleep(0.5)
     assert all(process.is_alive() for process in waiting) and list(tree(folder)) == [".lock"]
@@ -1013,12 +954,6 @@ def test_features_that_float16_cannot_hold_are_refused(encoded, tmp_path, monkey
 # data.py: MVSA, its splits, and 20,000 damaged files
 
 P, U, N = data.LABELS
-
-
-@pytest.mark.parametrize("text, image, label", [
-    (P, P, P), (U, U, U), (N, N, N), (U, P, P), (P, U, P), (U, N, N), (N, U, N), (P, N, None), (N, P, None)])
-def test_label_rules(text, image, label):
-    assert data.merge_labels(text, image) == label
 
 
 def write_labels(folder, rows, columns):
@@ -1106,29 +1041,28 @@ def test_splits_are_whole_and_keep_what_they_promise():
         data.stratified_split(np.array([0, 0, 0, 1]), seed=0)
 
 
+def write_split(folder, *parts):
+    """CLMLF's files of lists of (id, label)."""
+    folder.mkdir(parents=True)
+    for name, part in zip(("train", "dev", "test"), parts):
+        content = [{"id": i, "text": "", "emotion_label": label} for i, label in part]
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
 def test_published_split(tmp_path):
     posts = [data.Post("single", str(i), Path(), "", i % 3) for i in range(30)]
     entries = [(str(i), i % 3) for i in range(28)] + [("999", 0)]
     home, multi = (tmp_path / f"MVSA-{name}" / "10-flod-1" for name in ("single", "multiple"))
-
-    def write(folder, *parts):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, part in zip(("train", "dev", "test"), parts):
-            content = [{"id": i, "text": "", "emotion_label": label} for i, label in part]
-            (folder / f"{name}.json").write_text(json.dumps(content))
-
-    write(home, entries[:20], entries[20:24], entries[24:])
-    write(multi, [], [], [])
+    write_split(home, entries[:20], entries[20:24], entries[24:])
+    write_split(multi, [], [], [])
     for folder in (tmp_path, home.parent, home):
         parts, notes = data.clmlf_split(folder, posts)
         assert [part.tolist() for part in parts] == [list(range(20)), [20, 21, 22, 23], [24, 25, 26, 27]]
         assert +notes == {"listed, but not among the posts": 1, "not listed, so not used": 2}
-    with pytest.raises(UserError, match="found 0"):
-        data.clmlf_split(tmp_path / "nothing", posts)
     shutil.copytree(home, tmp_path / "multimodal-sentiment" / "split")  # the name above it is no hint
     assert [len(part) for part in data.clmlf_split(tmp_path / "multimodal-sentiment", posts)[0]] == [20, 4, 4]
     relabelled = [replace(post, label=(post.label + 1) % 3) for post in posts]
-    write(tmp_path / "single again", entries[:20], entries[20:24], entries[18:22])  # posts in two parts
+    write_split(tmp_path / "single again", entries[:20], entries[20:24], entries[18:22])  # posts in two parts
     for folder, strange in ((home, relabelled), (tmp_path / "single again", posts), (multi.parent, posts)):
         with pytest.raises(UserError, match="not a split of MVSA-single"):
             data.clmlf_split(folder, strange)
@@ -1220,10 +1154,6 @@ def test_fuzzed_files_give_a_clean_error_or_what_they_say(make, check):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# pretrain.py
-
-
-# ------------------------------------------------------------------------------------------------------------
 # pretrain.py: what the loop is made of
 
 
@@ -1255,7 +1185,7 @@ def test_judge_by_hand():
 
 
 def test_held_out_energies(net, images):
-    features, turned = net.frozen(images, TEXTS), net.frozen(images, TEXTS[1:] + TEXTS[:1])
+    features = net.frozen(images, TEXTS)
     figures = pretrain.held_out_metrics(net, features)
     assert pretrain.held_out_metrics(net.train(), features) == figures and net.training  # the same each time
     matrix = pretrain.energy_matrix(net, features, draws=1)
@@ -1266,9 +1196,6 @@ def test_held_out_energies(net, images):
     assert figures["energy_position"] == pytest.approx((others - target).square().mean().item(), rel=1e-5)
     names = ("energy_matched", "energy_mismatched", "pair_accuracy")
     assert [figures[name] for name in names] == pytest.approx(by_hand, rel=1e-5)
-    # the leak that would fake an AUC: a pair's energy must be the same wherever it stands in the matrix
-    turned = pretrain.energy_matrix(net, turned, draws=1)
-    assert torch.allclose(turned, matrix.roll(-1, dims=1), atol=1e-6) and matrix.shape == (3, 3)
 
 
 def test_energy_maps_average_the_masks_that_hid_each_patch(net, images):
@@ -1298,7 +1225,7 @@ def test_bench_prints_its_figures_and_needs_no_data(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain.median_seconds, "__defaults__", (4, 60))  # rounds, seconds
     done = call(pretrain, "--bench", "--batch_size", 8, "--accumulate", 2, "--epochs", 3, "--max_images", 80,
                 "--held_out", 8, "--posts", 70, "--device", "cpu")
-    assert done.code == 0 and not list(tmp_path.iterdir()), done.err
+    assert not list(tmp_path.iterdir())
     figures = {line[:44].strip(): float(line[44:]) for line in done.out.splitlines()}
     assert len(figures) == 22 and min(figures.values()) > 0
     step = "step of 8 images, --accumulate 2, ms"
@@ -1327,11 +1254,10 @@ def test_bench_says_which_accumulate_fits_the_memory(monkeypatch):
     monkeypatch.setattr(model.TIJEPA, "forward", full)
     done = call(pretrain, "--bench", "--batch_size", 6, "--device", "cpu")
     refused = [line for line in done.out.splitlines() if "do not fit" in line]
-    assert done.code == 0 and [line.split()[1] for line in refused] == ["1:", "2:"], done.err
+    assert [line.split()[1] for line in refused] == ["1:", "2:"]
     assert "step of 6 images, --accumulate 3, ms" in done.out
     monkeypatch.setattr(model.TIJEPA, "forward", lambda *_: full(None, range(9)))
-    done = call(pretrain, "--bench", "--batch_size", 6, "--device", "cpu")
-    assert done.code == 2 and "not even one image" in done.err
+    assert "not even one image" in call(pretrain, "--bench", "--batch_size", 6, "--device", "cpu", code=2).err
 
 
 def run_log(out):
@@ -1350,15 +1276,6 @@ def run_state(out):
 def assert_same_run(out, expected):
     """Weights, optimizer, GradScaler and log, bit for bit."""
     torch.testing.assert_close(run_state(out), run_state(expected), rtol=0, atol=0)
-
-
-def files_of(out):
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
-
-
-def copy_of(source, target):
-    subprocess.run(["cp", "-r", source, target], check=True)
-    return target
 
 
 def sigterm_in_step(patch, number):
@@ -1382,7 +1299,7 @@ def whole_run(toy, tmp_path_factory):
     """A run of 40 steps without a break: its options and its folder."""
     folder = tmp_path_factory.mktemp("whole")
     options = ["--coco", toy / "coco", "--cache", folder / "cache", *SHORT]
-    assert call(pretrain, *options, "--out", folder / "out").code == 0
+    call(pretrain, *options, "--out", folder / "out")
     return SimpleNamespace(options=options, out=folder / "out")
 
 
@@ -1392,7 +1309,7 @@ def cut_off(pretrained, tmp_path_factory):
     out = tmp_path_factory.mktemp("cut_off") / "out"
     with pytest.MonkeyPatch.context() as patch:
         sigterm_in_step(patch, 3)
-        assert call(pretrain, *pretrained.options, "--out", out).code == 143
+        call(pretrain, *pretrained.options, "--out", out, code=143)
     return out
 
 
@@ -1431,10 +1348,9 @@ def test_each_step_by_its_log_and_accumulation_equals_the_large_batch(pretrained
         return step(optimizer, *inputs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    options = [*pretrained.options, "--log_every", 1, "--target", "image", "--out", tmp_path]
     for parts, clip in ((1, 0.05), (1, 1e6), (4, 1e6)):
-        options = ["--log_every", 1, "--accumulate", parts, "--clip", clip, "--out", tmp_path,
-                   "--target", "image"]
-        assert call(pretrain, *pretrained.options, *options).code == 0
+        call(pretrain, *options, "--accumulate", parts, "--clip", clip)
         runs.append(run_state(tmp_path))
         for (norm, *rates), line in zip(steps[-4:], runs[-1]["log"], strict=True):
             assert line["grad_norm"] > 0.1 and norm == pytest.approx(min(clip, line["grad_norm"]), rel=1e-3)
@@ -1449,18 +1365,16 @@ def test_pretraining_is_repeatable_and_replaces_what_was_there(pretrained, tmp_p
         monkeypatch.setenv(name, value)  # as other launchers do
     weights = []
     for seed in (1, 0):
-        done = call(pretrain, *pretrained.options, "--seed", seed, "--out", tmp_path)
-        assert done.code == 0 and "1 process," in done.out, done.err
+        assert "1 process," in call(pretrain, *pretrained.options, "--seed", seed, "--out", tmp_path).out
         weights.append(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]["predictor"])
     assert_same_run(tmp_path, pretrained.out)
     assert not any(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_no_ema_makes_the_target_encoder_the_context_encoder(pretrained, tmp_path):
-    no_ema = ["--target", "ema", "--momentum", 0, "--final_momentum", 0]
-    for options, expected in ((no_ema[:2], False), (no_ema, True)):
-        assert call(pretrain, *pretrained.options, *options, "--out", tmp_path).code == 0
-        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    call(pretrain, *pretrained.options, "--momentum", 0, "--final_momentum", 0, "--out", tmp_path)
+    for out, expected in ((pretrained.out, False), (tmp_path, True)):
+        state = run_state(out)["model"]
         context, target = state["context_encoder"], state["target_encoder"]
         assert all(torch.equal(value, target[name]) for name, value in context.items()) == expected
 
@@ -1470,7 +1384,7 @@ def test_shuffled_captions_are_those_of_other_images(pretrained, tmp_path, monke
     monkeypatch.setattr(data.FeatureCache, "read", lambda self, draw: draws.append(draw) or read(self, draw))
     options = ["--epochs", 1, "--batch_size", 1, "--accumulate", 1, "--max_images", 20, "--held_out", 4]
     for extra in ([], ["--shuffle_captions"]):
-        assert call(pretrain, *pretrained.options, *options, *extra, "--out", tmp_path).code == 0
+        call(pretrain, *pretrained.options, *options, *extra, "--out", tmp_path)
         weights.append(run_state(tmp_path)["model"]["context_encoder"]["blocks.0.attention.q.weight"])
     (held_out, _), *plain = draws[:17]
     images, own = np.concatenate(plain, axis=1)
@@ -1482,9 +1396,7 @@ def test_shuffled_captions_are_those_of_other_images(pretrained, tmp_path, monke
 
 
 def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained, tmp_path):
-    options = ["--eval", pretrained.checkpoint, "--device", "cpu"]
-    done = call(pretrain, *options, "--cache", tmp_path)  # --coco as in training
-    assert done.code == 0 and f"eval {pretrained.checkpoint}" in done.out, done.err
+    assert f"eval {pretrained.checkpoint}" in pretrained.judged.out
     for name, size in (("curves", (1600, 320)), ("energies", (500, 320)), ("masks", (800, 840)),
                        ("maps", (1000, 1080))):
         picture = Image.open(pretrained.out / f"{name}.png")
@@ -1498,11 +1410,11 @@ def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained
     logged = run_log(pretrained.out)[-1]  # of the same weights
     for name in figures.keys() & logged.keys():
         assert figures[name] == pytest.approx(logged[name], rel=1e-5)
+    options = ["--eval", pretrained.checkpoint, "--device", "cpu", "--out", tmp_path / "ranked"]
     image = toy / "mvsa" / "MVSA_Single" / "data" / "1.jpg"
     typed = ["red bars blue tiles lime bands ink lines", "moss bars", "who are they"]
     before = tree(pretrained.out)
-    done = call(pretrain, *options, "--image", image, "--captions", *typed, "--out", tmp_path / "ranked")
-    *lines, worth = done.out.splitlines()
+    *lines, worth = call(pretrain, *options, "--image", image, "--captions", *typed).out.splitlines()
     energies, captions, *notes = zip(*(line.split("  ") for line in lines if "who" not in line))
     assert sorted(captions) == sorted(typed[:2]) and not notes
     unknown = "  who are they  (f_T does not know most of its words)"
@@ -1518,11 +1430,11 @@ def test_half_precision_learns_what_single_does(narrow, tmp_path):
     data.write_toy(tmp_path / "toy", images=140, posts=1)
     options = ["--coco", tmp_path / "toy" / "coco", "--cache", tmp_path / "cache", "--device", "cpu"]
     training = ["--held_out", 40, "--batch_size", 16, "--epochs", 20, "--log_every", 60, "--lr", 0.004,
-                "--target", "image"]
+                "--target", "image", "--out", tmp_path]
     judge, found = ["--eval", tmp_path / "checkpoint.pt", "--eval_masks", 1], []
     for dtype in ("float32", "bfloat16", "float16"):
-        assert call(pretrain, *options, "--dtype", dtype, *training, "--out", tmp_path).code == 0
-        assert call(pretrain, *options, "--dtype", dtype, *judge).code == 0
+        for command in (training, judge):
+            call(pretrain, *options, "--dtype", dtype, *command)
         first, *_, last = run_log(tmp_path)
         auc = json.loads((tmp_path / "eval.json").read_text())["auc"]
         found.append(SimpleNamespace(loss=last["loss"], auc=auc, norm=first["grad_norm"]))
@@ -1547,9 +1459,9 @@ def test_a_break_between_log_lines_changes_nothing(narrow, toy, tmp_path, monkey
     with monkeypatch.context() as patch:
         if dtype == "overflow":  # begin with a scale at which float16 gradients overflow
             patch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0 ** 27, **k))
-        assert call(pretrain, *options, "--out", whole).code == 0
+        call(pretrain, *options, "--out", whole)
         sigterm_in_step(patch, 5)
-        assert call(pretrain, *options, "--out", cut).code == 143
+        call(pretrain, *options, "--out", cut, code=143)
     assert "after step 5 of 12" in call(pretrain, *options, "--out", cut).out
     assert_same_run(cut, whole)
     found = run_state(cut)
@@ -1563,137 +1475,116 @@ def test_a_break_between_log_lines_changes_nothing(narrow, toy, tmp_path, monkey
         assert skipped == [0] * 4 and all(line["grad_norm"] > 0 for line in found["log"])
 
 
-def turn_captions(coco):
+def turn_captions(run):
     """The first two words of each in the other order; twice, they are as before."""
-    path = coco / "annotations" / "captions_train2017.json"
+    path = run.coco / CAPTIONS
     path.write_text(re.sub(r'("caption": ")(\w+) (\w+)', r"\1\3 \2", path.read_text()))
 
 
-def other_weights(patch):
+def other_weights(run):
     """f_I's weights, a little changed."""
     vit = model.toy_vit()
     vit.patch_embed.proj.weight.data.mul_(1.01)
-    patch.setattr(model, "toy_vit", lambda: vit)
+    run.patch.setattr(model, "toy_vit", lambda: vit)
 
 
-OTHER_RUNS = {  # what has changed: what the refusal says
-    "pictures": ["data (then "], "captions": ["data (then "], "weights": ["f_I weights (then "],
-    "--lr 0.5 --seed 3 --target image --epochs 3 --held_out 9 --shuffle_captions":
-        ["--lr (then 0.001, now 0.5)", "--seed (then 0, now 3)", "--target (then ema, now image)",
-         "--epochs (then 2, now 3)", "--held_out (then 8, now 9)", "--shuffle_captions (then False"]}
+def spoil(out, change):
+    """The checkpoint's content, changed."""
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, out / "checkpoint.pt")
 
 
-@pytest.mark.parametrize("what", OTHER_RUNS)
-def test_another_run_is_refused_with_what_differs(toy, pretrained, cut_off, tmp_path, monkeypatch, what):
-    coco = copy_of(toy / "coco", tmp_path / "coco")
-    if what == "pictures":
-        copy_of(coco / "train2017" / "000000000001.jpg", coco / "train2017" / "000000000002.jpg")
-    elif what == "captions":
-        turn_captions(coco)
-    elif what == "weights":
-        other_weights(monkeypatch)
-    changed = what.split() if what.startswith("--") else []
-    options = [*pretrained.options, "--coco", coco, "--resume", *changed]
-    for source in (pretrained.out, cut_off):
-        out = copy_of(source, tmp_path / source.parent.name)
-        done = call(pretrain, *options, "--out", out)
-        assert done.code == 2 and f"{out}/checkpoint.pt" in done.err
-        assert all(word in done.err for word in OTHER_RUNS[what])
-        assert done.err.count("(then") == len(OTHER_RUNS[what]) and files_of(out) == files_of(source)
+HELD_OUT, OTHER_DATA, NOT_WHOLE = ["{held_out}"], ["data (then "], ["is not a whole checkpoint"]
+OTHER_WEIGHTS = ["f_I weights (then "]
+ACCIDENTS = {  # what happens: (how, words of --eval, words of --resume); none: it goes on; None: not asked
+    "nothing": (lambda run: None, [], []),
+    "the log is cut off": (lambda run: os.truncate(run.out / "log.jsonl", 200), None, []),
+    "the log is lost": (lambda run: os.truncate(run.out / "log.jsonl", 0), None, []),
+    "most images trained on are lost": (lambda run: [path.unlink() for path in run.others[1:]], [], None),
+    "captions turned twice": (lambda run: [turn_captions(run), turn_captions(run)], [], []),
+    "captions": (turn_captions, HELD_OUT, OTHER_DATA),
+    "a picture": (lambda run: shutil.copy(run.held_out[1], run.held_out[0]), HELD_OUT, OTHER_DATA),
+    "a lost image": (lambda run: run.held_out[0].unlink(), HELD_OUT, OTHER_DATA),
+    "all held out are lost": (lambda run: [path.unlink() for path in run.held_out], HELD_OUT, OTHER_DATA),
+    "weights": (other_weights, OTHER_WEIGHTS, OTHER_WEIGHTS),
+    "model": (lambda run: spoil(run.out, lambda c: c.update(model={"predictor": {}})), NOT_WHOLE, NOT_WHOLE),
+    "running": (lambda run: spoil(run.out, lambda c: c.update(running=torch.zeros(0))), None, NOT_WHOLE),
+    "log": (lambda run: spoil(run.out, lambda c: c.update(log=[{}])), None, NOT_WHOLE),
+    "moments": (lambda run: spoil(
+        run.out, lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1))), None, NOT_WHOLE),
+    "torn": (lambda run: os.truncate(run.out / "checkpoint.pt", 3_000_000), NOT_WHOLE, NOT_WHOLE),
+    "--lr 0.5 --seed 3 --target image --epochs 3 --held_out 9 --shuffle_captions": (lambda run: None, None, [
+        "--lr (then 0.001, now 0.5)", "--seed (then 0, now 3)", "--target (then ema, now image)",
+        "--epochs (then 2, now 3)", "--held_out (then 8, now 9)", "--shuffle_captions (then False"])}
 
 
-def test_resume_makes_a_lost_log_whole_also_elsewhere(toy, pretrained, cut_off, tmp_path):
-    coco = copy_of(toy / "coco", tmp_path / "coco")
-    options = [*pretrained.options, "--coco", coco, "--cache", tmp_path, "--workers", 1, "--resume"]
-    for number, (source, left) in enumerate(((cut_off, 0.5), (pretrained.out, 0.5), (pretrained.out, 0))):
-        out = copy_of(source, tmp_path / str(number))
-        content = (out / "log.jsonl").read_bytes()
-        (out / "log.jsonl").write_bytes(content[:int(left * len(content))])
-        assert call(pretrain, *options, "--out", out).code == 0
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("what", ACCIDENTS)
+def test_after_an_accident_a_run_ends_as_without_or_is_refused_and_kept(
+        toy, pretrained, cut_off, tmp_path, monkeypatch, what, finished):
+    """Also where the data lie elsewhere now."""
+    change, eval_says, resume_says = ACCIDENTS[what]
+    out = shutil.copytree(pretrained.out if finished else cut_off, tmp_path / "out")
+    coco, path = shutil.copytree(toy / "coco", tmp_path / "coco"), out / "checkpoint.pt"
+    names = torch.load(path, weights_only=True)["held_out"]
+    images = sorted((coco / "train2017").iterdir())
+    held_out, others = ([path for path in images if (path.name in names) == held] for held in (True, False))
+    change(SimpleNamespace(out=out, coco=coco, held_out=held_out, others=others, patch=monkeypatch))
+    before, changed = tree(out), what.split() if what.startswith("--") else []
+    resume = [*pretrained.options, "--workers", 1, "--resume", *changed]
+    for command, words in ((["--eval", path], eval_says if finished else None), (resume, resume_says)):
+        if words is not None:
+            places = ["--coco", coco, "--cache", tmp_path / "cache", "--device", "cpu", "--out", out]
+            said = call(pretrain, *command, *places, code=2 if words else 0).err
+            assert all(word.format(held_out=held_out[0].name) in said for word in words)
+            assert said.count("(then") == sum("(then" in word for word in words)
+        if words:
+            assert str(path) in said
+        if words or command != resume:
+            assert tree(out) == before
+    if resume_says == []:
         assert_same_run(out, pretrained.out)
-
-
-def test_eval_is_of_the_held_out_images_of_training(toy, pretrained, tmp_path, monkeypatch):
-    out, coco = copy_of(pretrained.out, tmp_path / "out"), copy_of(toy / "coco", tmp_path / "coco")
-    held_out = torch.load(out / "checkpoint.pt", weights_only=True)["held_out"]
-    pictures = sorted((coco / "train2017").iterdir(), key=lambda path: path.name not in held_out)
-    one, other = pictures[:2]
-    accidents = (  # one after the other: what is done, and what --eval does then
-        (lambda: None, 0),
-        (lambda: [path.unlink() for path in pictures[9:]], 0),  # most of those trained on
-        (lambda: turn_captions(coco), 2),
-        (lambda: turn_captions(coco), 0),  # as they were
-        (lambda: one.write_bytes(other.read_bytes()), 2),
-        (one.unlink, 2),
-        (lambda: [path.unlink() for path in pictures[1:8]], 2),  # all
-        (lambda: other_weights(monkeypatch), 2))
-    options = ["--eval", out / "checkpoint.pt", "--coco", coco, "--cache", tmp_path, "--device", "cpu"]
-    for number, (change, code) in enumerate(accidents):
-        change()
-        done = call(pretrain, *options)
-        assert done.code == code, (number, done.err)
-        assert code == 0 or (one.name if number < 7 else "f_I weights (then") in done.err
-        figures = json.loads((out / "eval.json").read_text()) | {"seconds": 0}
-        before = figures if number == 0 else before
-        assert figures == before
-
-
-@pytest.mark.parametrize("part", ["model", "running", "log", "moments", "torn"])
-def test_a_damaged_checkpoint_is_refused_and_kept(pretrained, cut_off, tmp_path, part):
-    path = copy_of(cut_off, tmp_path / "out") / "checkpoint.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    if part == "moments":
-        checkpoint["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)  # torch would broadcast it
-    checkpoint[part] = {"model": {"predictor": {}}, "running": torch.zeros(0), "log": [{}]}.get(part)
-    torch.save(checkpoint, path)
-    if part == "torn":
-        path.write_bytes(path.read_bytes()[:-1000])
-    before = files_of(path.parent)
-    done = call(pretrain, *pretrained.options, "--out", path.parent, "--resume")
-    assert done.code == 2 and f"{path} is not a whole checkpoint" in done.err
-    assert files_of(path.parent) == before
 
 
 @pytest.mark.parametrize("batch", [16, 32])  # of two steps an epoch, or one: then each line is a checkpoint
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_files_before(pretrained, tmp_path, batch):
     wild = ["--lr", "1e30", "--start_lr", "1e30", "--clip", "1e30", "--log_every", 1, "--batch_size", batch]
-    old = copy_of(pretrained.out, tmp_path / "old")
+    old = shutil.copytree(pretrained.out, tmp_path / "old")
     for out in (tmp_path / "new", old):
-        done = call(pretrain, *pretrained.options, *wild, "--out", out)
-        assert done.code == 1 and "--lr" in done.err and "not finite" in done.err
-    assert not (tmp_path / "new" / "checkpoint.pt").exists()
-    assert files_of(old) == files_of(pretrained.out)
+        said = call(pretrain, *pretrained.options, *wild, "--out", out, code=1).err
+        assert "--lr" in said and "not finite" in said
+    assert not (tmp_path / "new" / "checkpoint.pt").exists() and tree(old) == tree(pretrained.out)
 
 
 def count_lines(out):
     return (out / "log.jsonl").read_bytes().count(b"\n") if (out / "log.jsonl").exists() else 0
 
 
-def wait_for_lines(process, out, least, seconds=120):
-    """Until the log has so many lines, or its process has ended."""
-    end = time.time() + seconds
-    while count_lines(out) < least and process.is_alive():
+def start(options, out, lines=0):
+    """pretrain.py in a fork -> its process, when the log has so many lines, or it has ended."""
+    options = [str(option) for option in (*options, "--out", out)]
+    process, end = forked(lambda: sys.exit(pretrain.run(options))), time.time() + 120
+    while count_lines(out) < lines and process.is_alive():
         assert time.time() < end, "it never came"
         time.sleep(0.01)
+    return process
 
 
-def test_ctrl_c_and_sigterm_save_and_resume_goes_on_exactly(whole_run, tmp_path):
-    options = [*whole_run.options, "--out", tmp_path, "--resume"]
+def test_ctrl_c_and_sigterm_save_and_resume_goes_on_exactly(whole_run, tmp_path, capfd):
+    options, checkpoint = [*whole_run.options, "--resume"], tmp_path / "checkpoint.pt"
     for number, code, least in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 9)):
-        process, out = start(pretrain, *options)
-        wait_for_lines(process, tmp_path, least + 1)
+        process = start(options, tmp_path, least + 1)
         os.kill(process.pid, number)
         process.join(120)
-        step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+        step, said = torch.load(checkpoint, weights_only=True)["step"], capfd.readouterr()
         assert process.exitcode == code and count_lines(tmp_path) == step >= least
-        assert f"stopped after step {step} of 40" in (out / "stdout").read_text()
-        assert "Traceback" not in (out / "stderr").read_text()
-    done = call(pretrain, *options)
-    assert done.code == 0 and f"after step {step} of 40" in done.out
+        assert f"stopped after step {step} of 40" in said.out and "Traceback" not in said.err
+    assert f"after step {step} of 40" in call(pretrain, *options, "--out", tmp_path).out
     assert_same_run(tmp_path, whole_run.out)
-    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
-    assert "after step 40 of 40" in call(pretrain, *options).out
-    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
+    before = checkpoint.stat().st_mtime_ns
+    assert "after step 40 of 40" in call(pretrain, *options, "--out", tmp_path).out
+    assert checkpoint.stat().st_mtime_ns == before
 
 
 def test_a_second_ctrl_c_ends_at_once():
@@ -1708,11 +1599,10 @@ def test_a_second_ctrl_c_ends_at_once():
 
 def test_kill_9_at_20_random_moments_loses_nothing_but_time(whole_run, tmp_path):
     rng, steps, checkpoint = fresh_rng(), [], tmp_path / "checkpoint.pt"
-    options = [*whole_run.options, "--out", tmp_path, "--resume"]
+    options = [*whole_run.options, "--resume"]
     for _ in range(20):
-        process, _ = start(pretrain, *options)
-        if rng.random() < 0.8:  # while it trains; else wherever it is: reading, checking, loading
-            wait_for_lines(process, tmp_path, count_lines(tmp_path) + 1)
+        trains = rng.random() < 0.8  # else it is killed wherever it is: reading, checking, loading
+        process = start(options, tmp_path, count_lines(tmp_path) + 1 if trains else 0)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.join()
@@ -1720,30 +1610,31 @@ def test_kill_9_at_20_random_moments_loses_nothing_but_time(whole_run, tmp_path)
         if checkpoint.exists():
             steps.append(model.TIJEPA.from_checkpoint(checkpoint)[1]["step"])
             if steps[-1] == 40:  # done, and more kills to come: once more from the start
-                assert call(pretrain, *options).code == 0  # the log may lack its last line
+                call(pretrain, *options, "--out", tmp_path)  # the log may lack its last line
                 assert_same_run(tmp_path, whole_run.out)
                 checkpoint.unlink()
-    assert call(pretrain, *options).code == 0 and len(set(steps)) > 2
+    call(pretrain, *options, "--out", tmp_path)
+    assert len(set(steps)) > 2
     assert_same_run(tmp_path, whole_run.out)
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_the_first_goes_on(whole_run, tmp_path):
-    options = [*whole_run.options, "--out", tmp_path]
-    process, _ = start(pretrain, *options)
-    wait_for_lines(process, tmp_path, 5)
+    process = start(whole_run.options, tmp_path, 5)
     os.kill(process.pid, signal.SIGSTOP)  # so that it cannot end too early
-    before, second = files_of(tmp_path), call(pretrain, *options, "--resume")
-    after = files_of(tmp_path)
-    os.kill(process.pid, signal.SIGCONT)
-    process.join(120)
-    assert second.code == 2 and f"another run writes to --out {tmp_path}" in second.err
-    assert process.exitcode == 0 and after == before
+    try:
+        before = tree(tmp_path)
+        said = call(pretrain, *whole_run.options, "--resume", "--out", tmp_path, code=2).err
+        assert f"another run writes to --out {tmp_path}" in said and tree(tmp_path) == before
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(120)
+    assert process.exitcode == 0
     assert_same_run(tmp_path, whole_run.out)
 
 
 def test_two_processes_have_the_losses_of_one(whole_run, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess_run(*torchrun, pretrain.__file__, *whole_run.options, "--out", tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = execute(*torchrun, pretrain.__file__, *whole_run.options, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     losses = [[line["loss"] for line in run_log(out)] for out in (tmp_path, whole_run.out)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 40
@@ -1752,59 +1643,26 @@ def test_two_processes_have_the_losses_of_one(whole_run, tmp_path):
 
 
 def test_a_disk_that_fills_up_within_a_checkpoint_leaves_the_one_before(pretrained, cut_off, tmp_path):
-    out, limit = copy_of(cut_off, tmp_path / "out"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    out, limit = shutil.copytree(cut_off, tmp_path / "out"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = [*pretrained.options, "--resume", "--out", out]
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limit[1]))  # a checkpoint has 5 MB
-        done = call(pretrain, *pretrained.options, "--out", out, "--resume")
+        said = call(pretrain, *options, code=2).err
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert done.code == 2 and f"{out}/checkpoint.pt cannot be written" in done.err
-    assert files_of(out) == files_of(cut_off)  # and nothing half-made
-    assert call(pretrain, *pretrained.options, "--out", out, "--resume").code == 0
+    assert f"{out}/checkpoint.pt cannot be written" in said
+    assert tree(out) == tree(cut_off)  # and nothing half-made
+    call(pretrain, *options)
     assert_same_run(out, pretrained.out)
 
 
 def test_too_little_memory_names_what_to_lower(pretrained, tmp_path, monkeypatch):
     options = [*pretrained.options, "--out", tmp_path]
     monkeypatch.setattr(model.TIJEPA, "forward", lambda *inputs: torch.empty(1 << 55))
-    done = call(pretrain, *options)
-    assert done.code == 2 and "out of memory; lower --batch_size or --held_out" in done.err
+    assert "out of memory; lower --batch_size or --held_out" in call(pretrain, *options, code=2).err
     monkeypatch.setattr(model.TIJEPA, "forward", lambda *inputs: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):  # any other error is a bug
         call(pretrain, *options)
-
-
-SENTENCES = {  # options: words of the message
-    **{words: f"argument {words.split()[0]}" for words in (
-        "--lr -1", "--lr 0", "--lr inf", "--lr nan", "--momentum 2", "--momentum nan", "--clip 0",
-        "--epochs many", "--batch_size 0", "--batch_size 1.5", "--accumulate 0", "--held_out -1", "--seed -1",
-        "--workers 0", "--log_every 0", "--target text", "--dtype float64")},
-    "--batch_size 33 --accumulate 1": "--batch_size 33 32 images",
-    "--sigreg 1": "--vicreg and --sigreg need the whole batch --accumulate 1",
-    "--accumulate 3": "--batch_size 16 --accumulate x processes (3 x 1)",
-    "--held_out 1": "--held_out 1 at least 2",
-    "--held_out 41": "--held_out 41 40 readable images",
-    "--epoch 3": "unrecognized arguments: --epoch",
-    "--device cuda": "--device cuda --device auto",
-    "--image_encoder vit_tiny_patch16_224": "vit_tiny_patch16_224 --image_weights",
-    "--text_encoder some/bert": "some/bert --text_encoder PATH",
-    "--image_encoder vit_tiny_patch16_224 --image_weights a.txt": "--image_weights /a.txt vit_tiny",
-    "--out a.txt": "--out a.txt",
-    "--cache a.txt/cache": "--cache a.txt/cache",
-    "--captions red --eval checkpoint.pt": "--image --captions",
-    "--captions red --eval checkpoint.pt --image a.txt": "--image a.txt",
-}
-
-
-@pytest.mark.parametrize("options", SENTENCES)
-def test_options_that_do_not_fit_get_a_sentence(pretrained, tmp_path, monkeypatch, options):
-    monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("a file")
-    Path("checkpoint.pt").symlink_to(pretrained.checkpoint)
-    done = call(pretrain, *pretrained.options, "--out", "out", *options.split())
-    said = " ".join(done.err.split()).lower()
-    assert done.code == 2 and "error:" in said and not Path("out", "checkpoint.pt").exists()
-    assert all(word.lower() in said for word in SENTENCES[options].split()), said
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1819,9 +1677,7 @@ def judge_mvsa(root, *options, code=0):
     """finetune_mvsa.py on a folder's checkpoint and posts; of options given twice the later one counts."""
     places = ["--checkpoint", root / "checkpoint.pt", "--mvsa", root / "mvsa", "--out", root / "out"]
     short = ["--cache", MVSA_CACHE, "--device", "cpu", "--seeds", 0, 1, "--mode", "probe"]
-    done = call(finetune_mvsa, *places, *short, "--finetune_epochs", 1, *options)
-    assert done.code == code, done.err
-    return done
+    return call(finetune_mvsa, *places, *short, "--finetune_epochs", 1, *options, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -1866,33 +1722,31 @@ def test_nothing_that_is_chosen_or_trained_sees_a_test_label(single):
 
 @pytest.mark.parametrize("missing", [-1, 1])
 def test_the_probe_is_scikit_learns_logistic_regression(monkeypatch, missing):
-    rng = fresh_rng()
+    rng, best, grid = fresh_rng(), 0, finetune_mvsa.REGULARISATION
     x = (rng.normal(size=(300, 20)) * rng.uniform(0.1, 5, 20) + rng.normal(size=20)).astype(np.float32)
     standard = (x[:, :3] - x[:, :3].mean(0)) / x[:, :3].std(0)
     y = (standard + rng.gumbel(size=(300, 3)) + [1, 0, -1]).argmax(1)  # of 200, none of the three is missing
     x[:, 18] *= 1e-8  # a tiny feature is as good as another
     x[:, 19] = 0.3  # one that never changes
     train, validation = np.flatnonzero(y[:200] != missing), np.arange(200, 250)
-    scaler, found = StandardScaler().fit(x[train]), []
+    scaler = StandardScaler().fit(x[train])
     for kind in (None, "balanced"):
-        for c in finetune_mvsa.REGULARISATION:
+        for c in grid:
             single_c = 2 * c if missing >= 0 else c  # of two classes scikit-learn has one vector of weights
             exact = LogisticRegression(C=single_c, class_weight=kind, tol=1e-8, max_iter=9999)
             exact.fit(scaler.transform(x[train]).astype(float), y[train])
             expected = np.zeros((300, 3))
             expected[:, exact.classes_] = exact.predict_proba(scaler.transform(x))
             accuracy = accuracy_score(y[validation], expected[validation].argmax(1))
-            found.append((expected, c, bool(kind), accuracy))
-    for n, (expected, c, balanced, accuracy) in enumerate(found):
-        monkeypatch.setattr(finetune_mvsa, "REGULARISATION", (c,))
-        monkeypatch.setattr(finetune_mvsa, "max", lambda heads, key: heads[balanced], raising=False)
-        head, choice = finetune_mvsa.fit_probe(x, y, train, validation)
-        assert np.allclose(finetune_mvsa.probabilities_of(head, x), expected, atol=2e-3)
-        loss = -np.log(expected[validation, y[validation]].clip(1e-7)).mean()
-        assert choice == {"C": c, "balanced": balanced, "validation": pytest.approx(accuracy, abs=0.021),
-                          "loss": pytest.approx(loss, abs=2e-2)}
-    monkeypatch.undo()
-    best = max(one[3] for one in found)
+            best = max(best, accuracy)
+            with monkeypatch.context() as patch:
+                patch.setattr(finetune_mvsa, "REGULARISATION", (c,))
+                patch.setattr(finetune_mvsa, "max", lambda heads, key: heads[bool(kind)], raising=False)
+                head, choice = finetune_mvsa.fit_probe(x, y, train, validation)
+            assert np.allclose(finetune_mvsa.probabilities_of(head, x), expected, atol=2e-3)
+            loss = -np.log(expected[validation, y[validation]].clip(1e-7)).mean()
+            assert choice == {"C": c, "balanced": bool(kind), "validation": pytest.approx(accuracy, abs=0.021),
+                              "loss": pytest.approx(loss, abs=2e-2)}
     assert finetune_mvsa.fit_probe(x, y, train, validation)[1]["validation"] == pytest.approx(best, abs=0.021)
 
 
@@ -1976,12 +1830,14 @@ def recompute(folder, ending=""):
                 mine = groups.pop((kind, row, str(seed)))
                 sizes.append(len({line["id"] for line in mine}))
                 y, p = ([line[key] for line in mine] for key in ("label", "prediction"))
-                assert scores["accuracy"][n] == pytest.approx(100 * accuracy_score(y, p))
-                assert scores["weighted F1"][n] == pytest.approx(100 * f1_score(y, p, average="weighted"))
-                assert scores["macro F1"][n] == pytest.approx(100 * f1_score(y, p, average="macro"))
-                recalls = recall_score(y, p, labels=data.LABELS, average=None, zero_division=0)
-                for name, recall in zip(data.LABELS, recalls):
-                    assert scores["classes"][name]["recall"][n] == pytest.approx(100 * recall)
+                expected = classification_report(y, p, output_dict=True, zero_division=0)
+                assert scores["accuracy"][n] == pytest.approx(100 * expected["accuracy"])
+                for average in ("weighted", "macro"):
+                    f1 = 100 * expected[f"{average} avg"]["f1-score"]
+                    assert scores[f"{average} F1"][n] == pytest.approx(f1)
+                for name in data.LABELS:
+                    recall = 100 * expected[name]["recall"] if name in expected else 0
+                    assert scores["classes"][name]["recall"][n] == pytest.approx(recall)
                 confusion += confusion_matrix(y, p, labels=data.LABELS)
             assert scores["confusion"] == confusion.tolist() and confusion.sum() == sum(sizes) > 0
         for name, (difference, low, high) in found["differences"].items():
@@ -2029,9 +1885,6 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, protocol):
     assert Image.open(tmp_path / f"confusion{ending}.png").size == (800, 360)
     with data.locked(tmp_path, "--out"):
         assert f"another run writes to --out {tmp_path}" in judge_mvsa(pretrained.out, *options, code=2).err
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model.TIJEPA, "fingerprint", lambda net: {"f_T weights": "of another encoder"})
-        assert "trained on other encoders" in judge_mvsa(pretrained.out, *options, code=2).err
 
 
 @pytest.fixture(scope="module")
@@ -2044,10 +1897,8 @@ def judged_once(toy, pretrained, tmp_path_factory):
         post.image.with_suffix(".txt").write_text(words.format(posts[7].text))
     shutil.copy(posts[3].image, posts[52].image)
     posts = [post for post in data.load_mvsa(root / "mvsa")[0] if post.image.stat().st_size]
-    listed = [{"id": post.id, "text": "", "emotion_label": post.label} for post in posts]
-    (root / "single").mkdir()
-    for name, part in (("train", listed[:40]), ("dev", listed[40:50]), ("test", listed[50:])):
-        (root / "single" / f"{name}.json").write_text(json.dumps(part))
+    listed = [(post.id, post.label) for post in posts]
+    write_split(root / "single", listed[:40], listed[40:50], listed[50:])
     judge_mvsa(root, "--split", root / "single")
     sets, lines = recompute(root / "out")
     assert list(sets) == ["single"] and sets["single"]["split_sizes"] == [40, 10, 10]
@@ -2065,55 +1916,39 @@ def judged_once(toy, pretrained, tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def judged(judged_once, tmp_path):
-    return shutil.copytree(judged_once, tmp_path / "judged")
-
-
 def relabel(root):
     path = root / "mvsa" / "labelResultAll.txt"
     path.write_text(re.sub("(?m)^77\t.*", "77\tpositive,positive", path.read_text()))
 
 
-def change_weights(root):
-    checkpoint = torch.load(root / "checkpoint.pt", weights_only=True)
-    checkpoint["model"]["target_encoder"]["blocks.0.mlp.2.weight"] *= -2
-    torch.save(checkpoint, root / "checkpoint.pt")
-
-
-def interrupt(root):
-    real = finetune_mvsa.predict_rows
-
-    def predict(*given):
-        if given[5] == 2:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_mvsa, "predict_rows", predict)
-        done = judge_mvsa(root, "--split", root / "single", "--seeds", 0, 1, 2, code=130)
-    assert "interrupted" in done.err
-
-
 KEPT = "out/predictions/standard-single-{}.json".format
-BETWEEN = {  # what changes between two runs: (how, options of the second, seeds that it computes again)
+BETWEEN = {  # what changes between two runs: (how, options of the second, seeds that they compute again)
     "a text": (lambda root: (root / "mvsa/data/2.txt").write_text("olive bars"), "", [0, 1]),
     "a picture": (lambda root: shutil.copy(root / "mvsa/data/7.jpg", root / "mvsa/data/2.jpg"), "", [0, 1]),
     "a tested label": (relabel, "", [0, 1]),
-    "the checkpoint": (change_weights, "", [0, 1]),
+    "the checkpoint": (lambda root: spoil(
+        root, lambda c: c["model"]["target_encoder"]["blocks.0.mlp.2.weight"].mul_(-2)), "", [0, 1]),
     "the split": (lambda root: None, "--split=", [0, 1]),
     "a file is another's": (lambda root: shutil.copy(root / KEPT(1), root / KEPT(0)), "", [0]),
     "a file is cut off": (lambda root: os.truncate(root / KEPT(1), 999), "", [1]),
-    "Ctrl-C in the last of three": (interrupt, "--seeds 2 0 1", [2]),
+    "Ctrl-C in the last of three": (lambda root: judge_mvsa(
+        root, "--split", root / "single", "--seeds", 0, 1, 2, code=130), "--seeds 2 0 1", [2, 2]),
     "time and place": (lambda root: [os.utime(path) for path in root.rglob("*")], "", [])}
 
 
 @pytest.mark.parametrize("what", BETWEEN)
-def test_kept_predictions_are_never_of_something_else(judged, monkeypatch, what):
+def test_kept_predictions_are_never_of_something_else(judged_once, tmp_path, monkeypatch, what):
     change, options, again = BETWEEN[what]
+    judged, real, asked = shutil.copytree(judged_once, tmp_path / "judged"), finetune_mvsa.predict_rows, []
+
+    def predict(*given):
+        asked.append(given[5])
+        if asked == [2]:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(finetune_mvsa, "predict_rows", predict)
     change(judged)
-    real, asked = finetune_mvsa.predict_rows, []
-    monkeypatch.setattr(finetune_mvsa, "predict_rows", lambda *given: asked.append(given[5]) or real(*given))
     judge_mvsa(judged, "--split", judged / "single", *options.split())
     assert asked == again
     if again != [0, 1]:
@@ -2128,12 +1963,12 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
         (out / "log.jsonl").write_text('{"loss": 9}\n{"loss": 0.25}\n')
         judged = dict(energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7.0)
         (out / "eval.json").write_text(json.dumps(judged))
-        rows = {"single": finetune_mvsa.ROWS["probe"], "multi": sum(finetune_mvsa.ROWS.values(), ())}
+        rows = {"single": finetune_mvsa.ROWS["probe"], "multi": ROWS}
         sets = {kind: {"scores": {row: {"accuracy": [n, n + 2]} for row in rows[kind]}}
                 for kind, n in (("single", 60 + 10 * seed), ("multi", 70 + 10 * seed))}
         (out / "results.json").write_text(json.dumps({"sets": sets}))
     done = call(finetune_mvsa, "--ablate", tmp_path)
-    assert done.code == 0 and (tmp_path / "results.md").read_text() in done.out
+    assert (tmp_path / "results.md").read_text() in done.out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.out.splitlines() if line]
     assert lines[0][8:] == ["X, MVSA-Multi", "X, MVSA-Single", "X~ fine-tuned, MVSA-Multi", "X~, MVSA-Multi",
                             "X~, MVSA-Single"]
@@ -2150,7 +1985,7 @@ def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
     pairs, own = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(pairs, {})
-    files, captions = data.parse_captions(Path("annotations/captions_train2017.json").read_bytes(), "")
+    files, captions = data.parse_captions(Path(CAPTIONS).read_bytes(), "")
     assert files == {0: "a.jpg", 1: "b.jpg"} and captions == {0: ["a red dog"], 1: ["two cats"]}
     names = {}
     places = {"out/toy/checkpoint.pt": pretrained.checkpoint, "data/toy": toy}
@@ -2162,10 +1997,28 @@ def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
     assert names["net"].predictor.mask_token.grad is None
 
 
+def test_make_names_the_packages_that_are_missing_and_installs_once(tmp_path):
+    make = ["make", "-s", "-f", HERE / "Makefile", "packages"]
+    requirements = tmp_path / "requirements.txt"
+    for text, says in (("numpy>=1\n", ""), ("torch>=99\nno-such>=1\nnumpy>=1\n", "lacks torch>=99, no-such>=1;")):
+        requirements.write_text(text)
+        done = subprocess.run([*make, "VENV=", f"PYTHON3={sys.executable}"], cwd=tmp_path, capture_output=True)
+        assert says in done.stderr.decode() and done.returncode == (2 if says else 0)
+    # A venv whose python only notes that it was asked to install
+    (tmp_path / "python").write_text(f'''#!/bin/sh
+        [ "$1 $2" = "-m venv" ] || exec "{sys.executable}" "$@"
+        mkdir -p $3/bin; printf '#!/bin/sh\nsleep 1; echo "$*" >> {tmp_path}/log\n' > $3/bin/python
+        chmod +x $3/bin/python''')
+    (tmp_path / "python").chmod(0o755)
+    both = [subprocess.Popen([*make, f"PYTHON3={tmp_path}/python"], cwd=tmp_path) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert (tmp_path / "log").read_text().count("pip install") == 1
+
+
 def test_make_says_what_it_would_run_and_does_not_do_again_what_is_done(tmp_path):
     def make(*words):
         env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of make test
-        return subprocess.run(["make", *words], cwd=HERE, env=env, capture_output=True, text=True)
+        return execute("make", *words, cwd=HERE, env=env)
 
     listed = {line.split()[1] for line in make().stdout.splitlines()}
     assert listed == set("help reproduce pretrain picture ablate bench test coco weights clean".split())
@@ -2197,40 +2050,60 @@ def test_make_says_what_it_would_run_and_does_not_do_again_what_is_done(tmp_path
         assert done.returncode == (2 if fail == "grouped" else 0)
 
 
-BAD = {  # a command, and what its data file holds: words of the message
-    ("pretrain.py --coco {x}", "{"): "{x}/annotations/captions_train2017.json not a COCO caption file",
-    ("pretrain.py --coco {x}", '{"images": [], "annotations": []}'): "{x}/train2017 no image has a caption",
-    ("finetune_mvsa.py --mvsa {x}", "ID\ttext\n"): "{x}/labelResultAll.txt first line",
-    ("finetune_mvsa.py --mvsa {x}", "\udcff"): "labelResultAll.txt not the label file",
-    ("{judge} --mvsa {x}", "GOOD"): "no image of MVSA-Single {x} can be read",
-    ("{judge} --mvsa {x}", "ID\ttext,image\n2\tneutral,neutral"): "{x} 1 text or image file missing",
-    ("{judge} --mvsa {x}", "GOOD2\tgood,neutral"): "line 3 positive neutral",
-    ("{judge} --mvsa {x}", "GOOD1\tneutral,neutral"): "line 3 id 1 second time",
-    ("{judge} --text_encoder {x}/none", ""): "{x}/none",
-    ("{judge} --split {x}", ""): "--split {x} train.json",
-    ("{judge} --protocol grouped --split x", ""): "--split standard protocol",
-    ("{judge} --protocol authors --mvsa {toy}/mvsa/MVSA_Single", ""): "pools both sets",
-    ("finetune_mvsa.py --seeds 0 0", ""): "--seeds 0 0 twice",
-    ("finetune_mvsa.py --ablate {x}", ""): "--ablate {x} make ablate",
-    ("data.py check --coco {x}/none --mvsa {x}/none", ""): "{x}/none/train2017 make coco mcrlab kaggle"}
+BAD = {  # a command and, after <, what its data file holds: words of the message
+    **{f"{{train}} {option}": f"argument {option.split()[0]}" for option in (
+        "--lr -1", "--lr 0", "--lr inf", "--lr nan", "--momentum 2", "--momentum nan", "--clip 0",
+        "--epochs many", "--batch_size 0", "--batch_size 1.5", "--accumulate 0", "--held_out -1", "--seed -1",
+        "--workers 0", "--log_every 0", "--target text", "--dtype float64")},
+    "{train} --batch_size 33 --accumulate 1": "--batch_size 33 32 images",
+    "{train} --sigreg 1": "--vicreg and --sigreg need the whole batch --accumulate 1",
+    "{train} --accumulate 3": "--batch_size 16 --accumulate x processes (3 x 1)",
+    "{train} --held_out 1": "--held_out 1 at least 2",
+    "{train} --held_out 40": "--held_out 40 of 40 readable images",
+    "{train} --epoch 3": "unrecognized arguments: --epoch",
+    "{train} --device cuda": "--device cuda --device auto",
+    "{train} --image_encoder vit_tiny_patch16_224": "vit_tiny_patch16_224 --image_weights",
+    "{train} --text_encoder some/bert": "some/bert --text_encoder PATH",
+    "{train} --image_encoder vit_tiny_patch16_224 --image_weights a.txt": "--image_weights /a.txt vit_tiny",
+    "{train} --out a.txt": "--out a.txt",
+    "{train} --cache a.txt/cache": "--cache a.txt/cache",
+    "{train} --captions red --eval checkpoint.pt": "--image --captions",
+    "{train} --captions red --eval checkpoint.pt --image a.txt": "--image a.txt",
+    "pretrain.py --coco {x} < {": "{x}/annotations/captions_train2017.json not a COCO caption file",
+    'pretrain.py --coco {x} < {"images": [], "annotations": []}': "{x}/train2017 no image has a caption",
+    "finetune_mvsa.py --mvsa {x} < ID\ttext\n": "{x}/labelResultAll.txt first line",
+    "finetune_mvsa.py --mvsa {x} < \udcff": "labelResultAll.txt not the label file",
+    "{judge} --mvsa {x} < GOOD": "no image of MVSA-Single {x} can be read",
+    "{judge} --mvsa {x} < ID\ttext,image\n2\tneutral,neutral": "{x} 1 text or image file missing",
+    "{judge} --mvsa {x} < GOOD2\tgood,neutral": "line 3 positive neutral",
+    "{judge} --mvsa {x} < GOOD1\tneutral,neutral": "line 3 id 1 second time",
+    "{judge} --text_encoder {x}/none": "{x}/none",
+    "{judge} --split {x}": "--split {x} train.json",
+    "{judge} --protocol grouped --split x": "--split standard protocol",
+    "{judge} --protocol authors --mvsa {toy}/mvsa/MVSA_Single": "pools both sets",
+    "finetune_mvsa.py --seeds 0 0": "--seeds 0 0 twice",
+    "finetune_mvsa.py --ablate {x}": "--ablate {x} make ablate",
+    "data.py check --coco {x}/none --mvsa {x}/none": "{x}/none/train2017 make coco mcrlab kaggle"}
 
 
-@pytest.mark.parametrize("command, content", BAD)
-def test_bad_input_gets_a_sentence_and_exit_code_2(command, content, toy, pretrained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input_gets_a_sentence_and_exit_code_2(command, toy, pretrained, tmp_path, monkeypatch):
+    command_line, _, content = command.partition(" < ")
     held = content.replace("GOOD", "ID\ttext,image\n1\tpositive,positive\n")
-    captions = "annotations/captions_train2017.json"
-    for name in ("train2017/1.jpg", captions, "labelResultAll.txt", "data/1.jpg", "data/1.txt"):
+    for name in ("a.txt", "train2017/1.jpg", CAPTIONS, "labelResultAll.txt", "data/1.jpg", "data/1.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(held, errors="surrogateescape")
+    (tmp_path / "checkpoint.pt").symlink_to(pretrained.checkpoint)
     monkeypatch.chdir(tmp_path)
-    judge = f"finetune_mvsa.py --checkpoint {pretrained.checkpoint} --mvsa {toy}/mvsa --out o --cache c"
-    script, *options = command.format(x=tmp_path, toy=toy, judge=judge).split()
-    done = call(sys.modules[script.removesuffix(".py")], *options)
-    said = " ".join(done.err.split()).lower()
-    assert done.code == 2 and "error:" in said
-    assert all(word in said for word in BAD[command, content].format(x=tmp_path).lower().split()), said
+    train = " ".join(map(str, ("pretrain.py", *pretrained.options, "--out out")))
+    judge = f"finetune_mvsa.py --checkpoint checkpoint.pt --mvsa {toy}/mvsa --out out --cache cache"
+    script, *options = command_line.format(x=tmp_path, toy=toy, train=train, judge=judge).split()
+    said = call(sys.modules[script.removesuffix(".py")], *options, code=2).err
+    said = " ".join(said.split()).lower()
+    assert "error:" in said and not Path("out", "checkpoint.pt").exists()
+    assert all(word in said for word in BAD[command].format(x=tmp_path).lower().split()), said
 
 
 def test_a_script_says_what_is_missing_in_a_process_of_its_own(tmp_path):
-    done = subprocess_run(HERE / "finetune_mvsa.py", "--mvsa", "/nowhere", cwd=tmp_path)
+    done = execute(sys.executable, HERE / "finetune_mvsa.py", "--mvsa", "/nowhere", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: MVSA not found: looked for /nowhere")
