@@ -621,7 +621,8 @@ def test_a_closed_pipe_a_missing_letter_or_no_stdout_ends_no_command():
 
 def tree(folder):
     """{name: bytes, of eval.json without its seconds} of all that is below a folder."""
-    found = {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    paths = folder.rglob("*")
+    found = {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in paths}
     if "eval.json" in found:
         found["eval.json"] = re.sub(rb'"evaluate the energies": [^}]*', b"", found["eval.json"])
     return found
@@ -1745,8 +1746,8 @@ def test_the_probe_is_scikit_learns_logistic_regression(monkeypatch, missing):
                 head, choice = finetune_mvsa.fit_probe(x, y, train, validation)
             assert np.allclose(finetune_mvsa.probabilities_of(head, x), expected, atol=2e-3)
             loss = -np.log(expected[validation, y[validation]].clip(1e-7)).mean()
-            assert choice == {"C": c, "balanced": bool(kind), "validation": pytest.approx(accuracy, abs=0.021),
-                              "loss": pytest.approx(loss, abs=2e-2)}
+            near = pytest.approx(accuracy, abs=0.021), pytest.approx(loss, abs=2e-2)
+            assert choice == {"C": c, "balanced": bool(kind), "validation": near[0], "loss": near[1]}
     assert finetune_mvsa.fit_probe(x, y, train, validation)[1]["validation"] == pytest.approx(best, abs=0.021)
 
 
@@ -1999,11 +2000,11 @@ def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
 
 def test_make_names_the_packages_that_are_missing_and_installs_once(tmp_path):
     make = ["make", "-s", "-f", HERE / "Makefile", "packages"]
-    requirements = tmp_path / "requirements.txt"
-    for text, says in (("numpy>=1\n", ""), ("torch>=99\nno-such>=1\nnumpy>=1\n", "lacks torch>=99, no-such>=1;")):
-        requirements.write_text(text)
-        done = subprocess.run([*make, "VENV=", f"PYTHON3={sys.executable}"], cwd=tmp_path, capture_output=True)
-        assert says in done.stderr.decode() and done.returncode == (2 if says else 0)
+    for text, says in (("numpy>=1\n", ""), ("torch>=99\nno-such>=1\n", "lacks torch>=99, no-such>=1;")):
+        (tmp_path / "requirements.txt").write_text(text)
+        words = [*make, "VENV=", f"PYTHON3={sys.executable}"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert says in done.stderr and done.returncode == (2 if says else 0)
     # A venv whose python only notes that it was asked to install
     (tmp_path / "python").write_text(f'''#!/bin/sh
         [ "$1 $2" = "-m venv" ] || exec "{sys.executable}" "$@"
