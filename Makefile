@@ -4,6 +4,7 @@
 # VENV is where the packages are installed; `make ... VENV=` uses the python on the PATH as it is.
 VENV := .venv
 PYTHON3 := python3
+$(if $(word 2,$(VENV)),$(error VENV cannot have a space in it))
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON3))
 COCO := data/coco
 MVSA := data/mvsa
@@ -112,8 +113,8 @@ ifeq ($(VENV),)
 packages:
 	@"$(PY)" -c "import sys, importlib.util as u; u.find_spec('packaging') or sys.exit(sys.executable + ' lacks the packages; pip install -r requirements.txt'); \
 	from importlib.metadata import distributions; from packaging.requirements import Requirement; \
-	have = {found.name.lower(): found.version for found in distributions()}; \
-	lacks = [str(r) for r in map(Requirement, open('requirements.txt').read().split()) if not r.specifier.contains(have.get(r.name, '0'), prereleases=True)]; \
+	found = lambda name: next((one.version for one in distributions(name=name)), '0'); \
+	lacks = [str(r) for r in map(Requirement, open('requirements.txt').read().split()) if not r.specifier.contains(found(r.name), prereleases=True)]; \
 	sys.exit(sys.executable + ' lacks ' + ', '.join(lacks) + '; pip install -r requirements.txt' if lacks else 0)"
 else
 packages: $(VENV)/installed

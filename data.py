@@ -29,6 +29,7 @@ from http.client import HTTPException
 from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from urllib.parse import quote
 from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile
 
@@ -48,7 +49,8 @@ COCO_HELP = ("name its folder with --coco, run `make coco COCO=DIR`, or get trai
              "annotations_trainval2017.zip of cocodataset.org")
 MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
              "social-data/ or, on Kaggle, vincemarcs/mvsasingle and vincemarcs/mvsamultiple")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST,
+               errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 # ------------------------------------------------------------------------------------------------------------
 # What all commands share: options, errors, files
@@ -204,7 +206,8 @@ def describe(counts):
 # Images
 
 # What Pillow raises on files that are not the image they claim to be
-NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error,
+                Image.DecompressionBombError)
 
 # EXIF orientation -> the turn upright; Pillow's exif_transpose stops at any other corrupt field
 TURN = Image.Transpose
@@ -294,11 +297,16 @@ def load_coco(root, limit=0):
     return items[:limit or None], +skipped  # without zeros
 
 
+def default_held_out(images):
+    """How many of so many images to hold out: 100, or a tenth if that is less."""
+    return min(100, max(2, images // 10))
+
+
 def hold_out(cache, count):
-    """Indices of the readable images to train on and of the `count` to measure on (0: 100, or a tenth if that
-    is less): those whose hashed file names come first, so that an image that is lost moves no other."""
+    """Indices of the readable images to train on and of the `count` to measure on (0: the default): those
+    whose hashed file names come first, so that an image that is lost moves no other."""
     readable = len(cache.readable)
-    count = count or min(100, max(2, readable // 10))
+    count = count or default_held_out(readable)
     if not 1 < count < readable:
         raise UserError(f"--held_out {count} of {readable} readable images: at least 2, and fewer than all")
     order = sorted(cache.readable, key=lambda i: digest(cache.items[i][0].name))
@@ -334,6 +342,8 @@ def fetch(url, path, memory=0):
             # Some servers refuse urllib's own name.
             request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "torch.hub"})
             with urlopen(request, timeout=30) as answer, open(part, "ab") as file:  # 30 s without a byte
+                if answer.headers.get_content_type() == "text/html":
+                    raise OSError("a web page, as of a network that asks for a login")
                 start *= answer.status == 206  # else it sends the whole file
                 size = start + int(answer.headers["Content-Length"] or 0)
                 # All of the memory: what is free leaves out the system's file cache, which gives way.
@@ -367,7 +377,7 @@ def fill(root, names, archive=""):
         (root / name).parent.mkdir(exist_ok=True)
         try:
             if not archive:
-                fetch(f"{COCO_URL}/{name}", root / name)
+                fetch(f"{COCO_URL}/{quote(name)}", root / name)
             else:
                 with atomic_write(root / name) as file:
                     file.write(opened.read(name))
@@ -512,7 +522,7 @@ class FeatureCache:
             try:
                 return self.transform(read_image(item[0], size))
             except NOT_AN_IMAGE as error:
-                if getattr(error, "errno", None) and read_file(item[0]) is not None:
+                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                     raise  # too many open files, or the like: the picture is not to blame
                 print(f"skipped, cannot be read: {item[0]} ({error})", file=sys.stderr)
 

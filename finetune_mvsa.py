@@ -526,15 +526,18 @@ def ablation_table(folder):
                   CONCAT: ("*text + image concatenated*", "X~")}
         try:
             last = (path.parent / "log.jsonl").read_text().splitlines()[-1]
-            ended = json.loads((path.parent / "eval.json").read_text()) | {"loss": json.loads(last)["loss"]}
+            eval_json = (path.parent / "eval.json").read_text()
+            last, ended, judged = map(json.loads, (last, eval_json, path.read_text()))
+            if not last["step"] == ended["step"] == judged["step"]:
+                raise ValueError("its files are of different steps")
             for name in measured:
-                table[variant][name].append(ended[name])
-            for kind, found in json.loads(path.read_text())["sets"].items():
+                table[variant][name].append(float((last if name == "loss" else ended)[name]))
+            for kind, found in judged["sets"].items():
                 for row in filter(places.get, found["scores"]):
                     name, column = places[row]
                     accuracy = np.mean(found["scores"][row]["accuracy"])
                     table[name][f"{column}, {NAMES[kind]}"].append(accuracy)
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path.parent} is no finished run of this version: {error!r}") from error
     if not table:
         raise UserError(f"--ablate {folder}: no <variant>-<seed>/results.json there; run `make ablate`")
@@ -550,8 +553,9 @@ def ablation_table(folder):
 def seconds_of_eval(checkpoint):
     """What `pretrain.py --eval` took, by its eval.json beside the checkpoint: a Counter, empty if none."""
     try:
-        return Counter(json.loads((Path(checkpoint).parent / "eval.json").read_text())["seconds"])
-    except (OSError, ValueError, LookupError, TypeError):
+        seconds = json.loads((Path(checkpoint).parent / "eval.json").read_text())["seconds"]
+        return Counter({stage: float(value) for stage, value in seconds.items()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return Counter()
 
 

@@ -132,6 +132,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.captions) or args.image and not args.eval:
         parser.error("--image and --captions go together, and with --eval")
+    try:
+        "".join(args.captions).encode()
+    except UnicodeEncodeError:
+        parser.error("--captions: not in the encoding of this terminal")
     args.out = args.out or (str(Path(args.eval).parent) if args.eval else f"out/{preset}")
     return args
 
@@ -352,7 +356,7 @@ def main(args):
     began = time.time()
     with catch_signals() as signals:
         batches = cache.batches(draws(first_step))
-        clock, clock_step, waited = time.time(), first_step, 0.0
+        clock, clock_step, waited = time.time(), first_step, Counter()
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             stop = all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX).item()
             if stop:
@@ -371,9 +375,8 @@ def main(args):
 
             # -- forward and backward, micro-batch by micro-batch
             for part in parts:
-                before = time.time()
-                s_image, s_text, text_mask = next(batches)  # [B, N, D_I], [B, L, D_T], [B, L]
-                waited += time.time() - before
+                with data.timed(waited, "data"):
+                    s_image, s_text, text_mask = next(batches)  # [B, N, D_I], [B, L, D_T], [B, L]
                 ddp.require_backward_grad_sync = part == parts[-1]  # DDP averages gradients once a step
                 out = ddp(s_image, s_text, text_mask, model.Masks(*(index[part] for index in masks)))
                 loss = objective(out, args, step) / args.accumulate
@@ -403,10 +406,10 @@ def main(args):
                             momentum=momentum, start_share=start_share, grad_norm=grad_norm.item(),
                             skipped_steps=round(overflows),
                             images_per_s=(done - clock_step) * args.batch_size / elapsed,
-                            data_wait=waited / elapsed, **metrics)
+                            data_wait=waited["data"] / elapsed, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-                running[0], clock, clock_step, waited = 0, time.time(), done, 0.0
+                running[0], clock, clock_step, waited = 0, time.time(), done, Counter()
                 if done // steps_per_epoch > last // steps_per_epoch:
                     save(done)
     if rank == 0:
@@ -530,7 +533,6 @@ def evaluate(args):
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
     folder = Path(args.out)
-    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"], "seconds": seconds})
     pictures = [data.read_image(items[i][0]) for i in cache.readable[:4]]
     captions = [items[i][1][0] for i in cache.readable[:4]]
     s_image, s_text, text_mask = (tensor[:len(pictures)] for tensor in features)
@@ -539,6 +541,8 @@ def evaluate(args):
     plot_maps(pictures, net.grid, torch.stack(maps, 1), titles, folder / "maps.png")
     plot_energies(energies, folder / "energies.png")
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
+    # The last file: when it is there, all are.
+    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"], "seconds": seconds})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
@@ -603,22 +607,34 @@ def time_parts(args, net, optimizer, B):
               "probe": lambda: x.T @ x, "pass of a probe": lambda: x.T @ (x @ w)}
     for part, work in others.items():
         took[part], = median_seconds(device, [work], 10)
-    one, masks, gflop = [tensor[:1] for tensor in features], model.Masks(*(i[:1] for i in step["masks"])), []
-    for work in ((lambda: net.frozen_image(images[:1])), lambda: net(*one, masks).energy.mean().backward()):
+    one, gflop = [tensor[:1] for tensor in features], []
+
+    def both_ways():  # the mean of ten draws of masks
+        for number in range(10):
+            masks = model.sample_masks(net.grid, B, args.seed, number).to(device)
+            net(*one, model.Masks(*(index[:1] for index in masks))).energy.mean().backward()
+
+    for work, images_of in ((lambda: net.frozen_image(images[:1]), 1), (both_ways, 10)):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted anywhere
             work()
-        gflop.append(counter.get_total_flops() / 1e9)
+        gflop.append(counter.get_total_flops() / images_of / 1e9)
     return took, gflop
 
 
 def bench(args):
     """The --bench command: a training step's parts on random features of the preset's shapes, f_I without its
     weights, and what the longest stages of `make reproduce` take by them."""
+    split_batch(args, 0, 1)  # refuses what training does
+    posts, pairs = args.posts, args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
+    held_out = args.held_out or data.default_held_out(pairs)
+    steps = args.epochs * ((pairs - held_out) // args.batch_size)
+    if steps < 1 or args.text_encoder:
+        raise UserError("--bench takes the preset's f_T, and more images than --held_out and a --batch_size")
     device, config = model.pick_device(args.device), make_config(args, [])
     f_T = torch.nn.Module()
     f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]
     f_I = model.ImageEncoder(config.image_encoder, pretrained=False)
-    net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype).train()
+    net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype)
     optimizer = build_optimizer(net)
     N, trained = math.prod(net.grid), sum(p.numel() for p in net.parameters() if p.requires_grad)
     for accumulate in range(args.accumulate, args.batch_size + 1):
@@ -650,10 +666,7 @@ def bench(args):
     for card, peak in PEAK_TFLOPS.items():
         if card in name:
             report[f"MFU on {name}, %"] = 0.1 * gflop[1] * args.batch_size / whole / peak
-    posts, held_out = args.posts, args.held_out or 100
-    pairs = args.max_images or {"toy": 1100}.get(args.preset, 118287)
     caption = image * 2e-9 * f_T_weights * TOKENS / gflop[0]  # f_T at f_I's rate: it is not built
-    steps = args.epochs * ((pairs - held_out) // args.batch_size)
     energies = held_out ** 2 * args.eval_masks
     # 5 seeds, 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
     tuning = 5 * 3 * 5 * posts * (0.8 * (took["tune"] / B + took["optimiser"] / 32) + 0.1 * took["score"] / B)

@@ -1,6 +1,7 @@
 """The tests, by values: `make test`. CPU only, no network; every file they need they write themselves."""
 import contextlib
 import csv
+import errno
 import io
 import json
 import multiprocessing
@@ -554,6 +555,22 @@ def test_pictures_of_every_kind_are_read_or_counted(tmp_path, encoded):
     assert ramp.getpixel((59, 39)) == (255, 255, 255) and abs(ramp.getpixel((30, 20))[0] - 131) < 2
 
 
+@pytest.mark.parametrize("error, to_blame", [
+    (OSError(errno.EINVAL, "of a JPEG 2000 with a false offset"), True),
+    (RuntimeError("of an AVIF: failed to decode frame 0"), True),
+    (OSError(errno.EMFILE, "too many open files"), False)])
+def test_an_error_that_is_not_the_pictures_skips_none(tmp_path, encoded, monkeypatch, error, to_blame):
+    SPECKLED.save(tmp_path / "a.png")
+
+    def read_image(path, size):
+        raise error
+
+    monkeypatch.setattr(data, "read_image", read_image)
+    given = tmp_path / "cache", [(tmp_path / "a.png", ["red bars"])], encoded.net, 1
+    with contextlib.nullcontext() if to_blame else pytest.raises(OSError, match="too many open files"):
+        assert data.FeatureCache(*given).unreadable == [0]
+
+
 def test_preprocessing_is_the_encoders():
     picture = Image.new("RGB", (100, 60))
     picture.paste("white", (90, 0, 100, 60))  # squashed, not cropped
@@ -672,6 +689,11 @@ class BadConnection(BaseHTTPRequestHandler):
         nth = [path for path, _ in server.asked].count(self.path)
         fault = "404" if body is None else "".join(server.faults(self.path)[nth:nth + 1])
         in_part = server.ranges and "Range" in self.headers
+        if fault == "login":  # the page of a network that wants one
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            return server.asked.append((self.path, start))
         if in_part:
             start = int(re.search(r"\d+", self.headers["Range"])[0])
         server.asked.append((self.path, start))
@@ -699,7 +721,7 @@ def server(toy, tmp_path_factory, monkeypatch):
         for folder, at in (("annotations", "annotations/annotations_trainval"), ("train2017", "zips/train")):
             path = shutil.make_archive(tmp_path_factory.mktemp("zip") / "coco", "zip", toy / "coco", folder)
             server.files[f"/{at}2017.zip"] = Path(path).read_bytes()
-        server.faults = lambda path: ["500", "cut"][:zlib.crc32(path.encode()) % 3]
+        server.faults = lambda path: ["500", "cut", "login"][:zlib.crc32(path.encode()) % 4]
         monkeypatch.setattr(data, "PAUSES", (0, 0, 0))
         monkeypatch.setattr(data, "COCO_URL", server.url)
         threading.Thread(target=server.serve_forever, args=[0.01]).start()
@@ -1961,13 +1983,13 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
     for variant, seed, auc in (("plain", 0, 0.5), ("plain", 1, 0.7), ("image", 0, 1.0)):
         out = tmp_path / f"{variant}-{seed}"
         out.mkdir()
-        (out / "log.jsonl").write_text('{"loss": 9}\n{"loss": 0.25}\n')
-        judged = dict(energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7.0)
+        (out / "log.jsonl").write_text('{"loss": 9, "step": 3}\n{"loss": 0.25, "step": 6}\n')
+        judged = dict(energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7, step=6)
         (out / "eval.json").write_text(json.dumps(judged))
         rows = {"single": finetune_mvsa.ROWS["probe"], "multi": ROWS}
         sets = {kind: {"scores": {row: {"accuracy": [n, n + 2]} for row in rows[kind]}}
                 for kind, n in (("single", 60 + 10 * seed), ("multi", 70 + 10 * seed))}
-        (out / "results.json").write_text(json.dumps({"sets": sets}))
+        (out / "results.json").write_text(json.dumps({"sets": sets, "step": 6}))
     done = call(finetune_mvsa, "--ablate", tmp_path)
     assert (tmp_path / "results.md").read_text() in done.out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.out.splitlines() if line]
@@ -1980,6 +2002,9 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
     assert table["image"][:3] == ["1", "0.250", "0.100"]  # one run has no deviation
     assert table["*untrained*"] == ["3", *8 * [""], *("74.3 ± 5.8", "74.3 ± 5.8", "64.3 ± 5.8")]
     assert table["*text + image concatenated*"][-2:] == ["74.3 ± 5.8", "64.3 ± 5.8"]
+    for file, text in (("results.json", "[]"), ("log.jsonl", '{"loss": 9, "step": 3}')):
+        (out / file).write_text(text)
+        assert f"{out} is no finished run" in call(finetune_mvsa, "--ablate", tmp_path, code=2).err
 
 
 def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
@@ -2062,6 +2087,8 @@ BAD = {  # a command and, after <, what its data file holds: words of the messag
     "{train} --held_out 1": "--held_out 1 at least 2",
     "{train} --held_out 40": "--held_out 40 of 40 readable images",
     "{train} --epoch 3": "unrecognized arguments: --epoch",
+    "{train} --bench --max_images 1": "--bench more images than --held_out",
+    "{train} --eval a --image b --captions caf\udce9": "--captions encoding",
     "{train} --device cuda": "--device cuda --device auto",
     "{train} --image_encoder vit_tiny_patch16_224": "vit_tiny_patch16_224 --image_weights",
     "{train} --text_encoder some/bert": "some/bert --text_encoder PATH",
