@@ -57,10 +57,10 @@ pretrain: check-preset packages ## pretrain only, without MVSA [PRESET=tiny COCO
 picture: packages ## the README's picture, .github/toy.png, from the pictures of make reproduce
 	@"$(PY)" -c 'from PIL import Image; \
 	curves, energies, masks, maps = (Image.open(f"out/toy/{name}.png").convert("RGB") for name in "curves energies masks maps".split()); \
-	parts = (curves.resize((1000, 200)), 0, 0), (energies.resize((380, 243)), 0, 205), (masks.crop((0, 0, 800, 280)).resize((610, 213)), 385, 215), (maps.crop((0, 0, 1000, 540)), 0, 455); \
+	parts = (curves.resize((1000, 200)), 0, 0), (energies.resize((380, 243)), 0, 205), (masks.crop((0, 280, 800, 560)).resize((610, 213)), 385, 215), (maps.crop((0, 0, 1000, 540)), 0, 455); \
 	whole = Image.new("RGB", (1000, 995), "white"); \
 	[whole.paste(part, (x, y)) for part, x, y in parts]; \
-	whole.quantize(160).save(".github/toy.png", optimize=True)'
+	whole.quantize(256, 2).save(".github/toy.png", optimize=True)'
 
 # Each variant's options; a run is out/ablate/<variant>-<seed>.
 plain :=
