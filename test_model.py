@@ -2025,9 +2025,10 @@ def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
 
 def test_make_names_the_packages_that_are_missing_and_installs_once(tmp_path):
     make = ["make", "-s", "-f", HERE / "Makefile", "packages"]
-    for text, says in (("numpy>=1\n", ""), ("torch>=99\nno-such>=1\n", "lacks torch>=99, no-such>=1;")):
+    for venv, text, says in (("", "numpy>=1\n", ""), ("a b", "numpy>=1\n", "VENV cannot have a space"),
+                             ("", "torch>=99\nno-such>=1\n", "lacks torch>=99, no-such>=1;")):
         (tmp_path / "requirements.txt").write_text(text)
-        words = [*make, "VENV=", f"PYTHON3={sys.executable}"]
+        words = [*make, f"VENV={venv}", f"PYTHON3={sys.executable}"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert says in done.stderr and done.returncode == (2 if says else 0)
     # A venv whose python only notes that it was asked to install
