@@ -105,8 +105,8 @@ def run_command(command, memory):
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
-            name = error.filename or "a file of --out or --cache"
-            text = f"{name} cannot be written or read: {error.strerror}; mend it or name another folder"
+            text = (f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; mend it, or name "
+                    "another folder (--out, --cache)")
         except (MemoryError, RuntimeError) as error:
             words = "out of memory|can't allocate memory"  # torch's own, on a GPU and on a CPU
             if not isinstance(error, MemoryError) and not re.search(words, str(error)):
@@ -116,44 +116,33 @@ def run_command(command, memory):
         return code
 
 
-def open_lock(folder, option):
-    """Make the folder that `option` names -> its lock's open file. UserError if it cannot be written to."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return open(Path(folder) / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"{option} {folder} is no folder to write to ({error.strerror})") from error
-
-
 @contextmanager
-def locked(folder, option, wait=False):
-    """Make the folder that `option` names and hold its lock, which the system frees however a process ends.
-    UserError if it cannot be written to, or unless `wait` another process has it."""
-    with open_lock(folder, option) as lock:
+def locked(folder, wait=False):
+    """Make a folder and hold its lock, which the system frees however a process ends. UserError if another
+    process has it, unless `wait`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise UserError(f"another run writes to {option} {folder}: wait, or name another") from None
+                raise UserError(f"another run writes to {folder}: wait, or name another folder") from None
             print(f"waiting for another process that is writing to {folder}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-@contextmanager
-def atomic_write(path):
-    """A binary file to write, renamed to `path` when it is on the disk: `path` is never half written."""
+def atomic_write(path, content):
+    """Write these bytes to `path` by way of `path`.tmp: it is never half written."""
     part = path.with_name(path.name + ".tmp")
     try:
         with open(part, "wb") as file:
-            yield file
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind an error of its own
-        for found in (error, error.__context__):
-            if isinstance(found, OSError):
-                raise OSError(found.errno, found.strerror, str(path)) from error
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not name the file
         raise
     finally:
         part.unlink(missing_ok=True)  # only after an error: on a full disk it would be in the way
@@ -161,8 +150,7 @@ def atomic_write(path):
 
 def write_json(path, content):
     """`content` as JSON, atomically. Raises ValueError for a number that is not finite."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False).encode())
+    atomic_write(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 @contextmanager
@@ -379,8 +367,7 @@ def fill(root, names, archive=""):
             if not archive:
                 fetch(f"{COCO_URL}/{quote(name)}", root / name)
             else:
-                with atomic_write(root / name) as file:
-                    file.write(opened.read(name))
+                atomic_write(root / name, opened.read(name))
         except (UserError, KeyError, BadZipFile, zlib.error) as error:  # KeyError: the zip lacks it
             return error
 
@@ -404,7 +391,7 @@ def fill(root, names, archive=""):
 def fetch_coco(root, images):
     """Fetch the captions and images that load_coco(root, images) takes: one by one, or for 0 in one zip."""
     captions = "annotations/captions_train2017.json"
-    with locked(root, "the folder"):
+    with locked(root):
         fill(root, [captions], "annotations/annotations_trainval2017.zip")
         files, captioned = parse_captions((root / captions).read_bytes(), root / captions)
         names = [f"train2017/{Path(name).name}" for i, name in sorted(files.items()) if i in captioned]
@@ -421,7 +408,7 @@ def fetch_weights(root, preset):
         return
     print("I-JEPA's file is a whole training checkpoint (encoder, predictor, target encoder, optimiser), by "
           "count about 10 GB, and is read into memory whole")
-    with locked(root, "the folder"):
+    with locked(root):
         print(fetch(config.url, root / config.url.split("/")[-1], memory=1.25))  # a quarter more: f_I itself
 
 
@@ -460,7 +447,7 @@ class FeatureCache:
         self.shapes = {"image.npy": (len(items), math.prod(net.grid), net.image_encoder.dim),
                        "text.npy": (sum(tokens), net.text_encoder.dim)}
         self.size = 2 * sum(map(math.prod, self.shapes.values()))  # bytes
-        with locked(self.folder, "--cache", wait=True):
+        with locked(self.folder, wait=True):
             done, self.unreadable = self.progress()
             if done < len(items):
                 self.build(net, workers, done)
@@ -850,7 +837,7 @@ def write_toy(root, images=1100, posts=1000, seed=0):
     there = {path.name for path in root.glob("*")} - {".lock", "recipe.json.tmp"}  # if cut off at once
     if there and read_file(root / "recipe.json") not in ours:
         raise UserError(f"{root} exists, but not as toy data of {recipe}; remove it or name another folder")
-    with locked(root, "the folder", wait=True):
+    with locked(root, wait=True):
         if read_file(root / "recipe.json") == ours[0]:
             return
         write_json(root / "recipe.json", cut_off)  # from here on the folder is ours

@@ -14,9 +14,9 @@ The scores, mean and standard deviation over seeds:
     macro F1         F1 of each class, plain average: shows a class that is never found
 """
 import argparse
-import codecs
 import copy
 import csv
+import io
 import json
 import math
 import subprocess
@@ -572,7 +572,7 @@ def main(args):
     net, checkpoint = model.TIJEPA.from_checkpoint(args.checkpoint, args.image_weights, args.text_encoder)
     net.place(device, args.dtype)
     print(f"finetune_mvsa: {args.checkpoint}, {', '.join(map(str, folders.values()))}, {device}, {net.dtype}")
-    with data.locked(args.out, "--out"):
+    with data.locked(args.out):
         seconds = Counter(checkpoint["seconds"]) + seconds_of_eval(args.checkpoint)
         results, lines = judge(net, folders, seconds, args)
         table = make_table(results, net.config, args, checkpoint["start_share"])
@@ -580,8 +580,9 @@ def main(args):
         path = Path(args.out) / f"results{ending}.json"
         path.with_suffix(".md").write_text(table, encoding="utf-8")
         header = ("set", "seed", "row", "id", "label", "prediction", *data.LABELS)
-        with data.atomic_write(path.with_name(f"predictions{ending}.csv")) as file:
-            csv.writer(codecs.getwriter("utf-8")(file)).writerows([header, *lines])
+        table_of_posts = io.StringIO()
+        csv.writer(table_of_posts).writerows([header, *lines])
+        data.atomic_write(path.with_name(f"predictions{ending}.csv"), table_of_posts.getvalue().encode())
         plot_confusion(results, path.with_name(f"confusion{ending}.png"), args)
         tools = ("torch", "timm", "transformers", "sklearn", "numpy")
         versions = {name: sys.modules[name].__version__ for name in tools}

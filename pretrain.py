@@ -37,6 +37,7 @@ with every held-out caption over several masks, eval.json (what is not named her
     recall@1, @5       share of images whose own caption is the one, or among the five, of lowest energy
 """
 import argparse
+import io
 import itertools
 import json
 import math
@@ -176,8 +177,8 @@ def make_config(args, items):
 
 def write_log(path, log):
     """The log lines, one JSON object each, to log.jsonl beside the checkpoint."""
-    with data.atomic_write(path.with_name("log.jsonl")) as file:
-        file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in log).encode())
+    lines = [json.dumps(line, allow_nan=False) + "\n" for line in log]
+    data.atomic_write(path.with_name("log.jsonl"), "".join(lines).encode())
 
 
 def build_optimizer(net):
@@ -346,11 +347,12 @@ def main(args):
         total = all_reduce(running)
         check_finite(step, *total.tolist())
         if rank == 0:
-            with data.atomic_write(path) as file:
-                torch.save({**constant, "step": step, "start_share": start_share, "running": total,
-                            "seconds": {**seconds, "pretrain": seconds["pretrain"] + time.time() - began},
-                            "log": log, "model": net.trained_state(), "scaler": scaler.state_dict(),
-                            "optimizer": optimizer.state_dict()}, file)
+            file = io.BytesIO()
+            torch.save({**constant, "step": step, "start_share": start_share, "running": total,
+                        "seconds": {**seconds, "pretrain": seconds["pretrain"] + time.time() - began},
+                        "log": log, "model": net.trained_state(), "scaler": scaler.state_dict(),
+                        "optimizer": optimizer.state_dict()}, file)
+            data.atomic_write(path, file.getbuffer())
             write_log(path, log)
 
     began = time.time()
@@ -514,7 +516,7 @@ def evaluate(args):
     """The --eval command: measure exactly the images that the checkpoint held out, print and write it."""
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
     net.place(model.pick_device(args.device), args.dtype)
-    data.open_lock(args.out, "--out").close()  # but not hold it: a run may be evaluated while it trains
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # without its lock: a run may be evaluated as it trains
     if args.image:
         return rank_captions(args, net, checkpoint["log"])
     held_out, found, coco = checkpoint["held_out"], {}, args.coco or checkpoint["coco"]
@@ -771,7 +773,7 @@ def run(argv=None):
     args = parse_args(argv)
     command = evaluate if args.eval else bench if args.bench else main
     if command is main and (not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"):
-        command = data.locked(args.out, "--out")(main)  # one process writes
+        command = data.locked(args.out)(main)  # one process writes
     to_lower = "--batch_size or --held_out, or raise --accumulate, which gives the same result"
     code = data.run_command(lambda: command(args), to_lower)
     if dist.is_initialized():

@@ -656,7 +656,7 @@ def test_toy_data_are_completed_to_the_same_bytes_and_touch_nothing_else(tmp_pat
         data.write_toy(toy, 4, 5)
     before = tree(tmp_path)
     for folder, posts in ((toy, 6), (mine, 5), (thesis, 5)):
-        said = "is no folder" if folder == thesis else "exists, but not as toy data of"
+        said = "cannot be written" if folder == thesis else "exists, but not as toy data of"
         assert f"{folder} {said}" in call(data, "toy", folder, "--images", 4, "--posts", posts, code=2).err
     assert tree(tmp_path) == before
     for folder, seed in ((toy, 0), (whole, 0), (other, 1)):
@@ -924,7 +924,7 @@ def test_a_lock_holds_until_its_process_ends_and_two_encode_once(encoded, tmp_pa
     folder, held = tmp_path / encoded.cut.name, multiprocessing.get_context("fork").Event()
 
     def hold():
-        with data.locked(folder, "--cache"):
+        with data.locked(folder):
             held.set()
             time.sleep(600)
 
@@ -1647,7 +1647,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_the_first_goes_on(whol
     try:
         before = tree(tmp_path)
         said = call(pretrain, *whole_run.options, "--resume", "--out", tmp_path, code=2).err
-        assert f"another run writes to --out {tmp_path}" in said and tree(tmp_path) == before
+        assert f"another run writes to {tmp_path}" in said and tree(tmp_path) == before
     finally:
         os.kill(process.pid, signal.SIGCONT)
         process.join(120)
@@ -1906,8 +1906,8 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, protocol):
     assert f"{mean:.2f} ±" in table and table in done.out and "not the paper's" in table
     assert all(table.count(f"| {row} |") == 2 for row in rows) and table.count("*reported*") == 2
     assert Image.open(tmp_path / f"confusion{ending}.png").size == (800, 360)
-    with data.locked(tmp_path, "--out"):
-        assert f"another run writes to --out {tmp_path}" in judge_mvsa(pretrained.out, *options, code=2).err
+    with data.locked(tmp_path):
+        assert f"another run writes to {tmp_path}" in judge_mvsa(pretrained.out, *options, code=2).err
 
 
 @pytest.fixture(scope="module")
