@@ -23,7 +23,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import chain, pairwise
@@ -56,16 +56,15 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPER
 # What all commands share: options, errors, files
 
 
-def number(kind, least, most=math.inf):
-    """add_argument's type and metavar for a finite number from `least` (or "above 0") to `most`."""
+def number(kind, least, most=sys.float_info.max):
+    """add_argument's type and metavar for a number from `least` to `most`; not for nan or infinity."""
     def parse(text):
         value = kind(text)
-        enough = value > 0 if least == "above 0" else value >= least  # False for nan
-        if not enough or value > most or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range {least} to {most}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range {shown}")
         return value
+    shown = f"{least}.." if most == sys.float_info.max else f"{least}..{most}"
     parse.__name__ = kind.__name__  # argparse: "invalid float value"
-    shown = ">0" if least == "above 0" else f"{least}.." if most == math.inf else f"{least}..{most}"
     return {"type": parse, "metavar": shown}
 
 
@@ -105,8 +104,8 @@ def run_command(command, memory):
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
-            text = (f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; mend it, or name "
-                    "another folder (--out, --cache)")
+            text = (f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; mend it, or "
+                    "name another folder (--out, --cache)")
         except (MemoryError, RuntimeError) as error:
             words = "out of memory|can't allocate memory"  # torch's own, on a GPU and on a CPU
             if not isinstance(error, MemoryError) and not re.search(words, str(error)):
@@ -416,7 +415,6 @@ def fetch_weights(root, preset):
 # The feature cache: f_I and f_T are frozen and pictures are not augmented, so each is encoded once
 
 ENCODE_BATCH = 32  # fixed, so that the bytes of a cache do not depend on where its building was cut off
-FILES = ("image.npy", "text.npy")  # f_I's patches [I, N, D_I]; f_T's states of all texts' tokens [T, D_T]
 
 
 class FeatureCache:
@@ -427,7 +425,7 @@ class FeatureCache:
     all pictures are read once at each start.
 
     `readable` and `unreadable`: indices of items whose picture can be decoded, or not; `digests`: the items'
-    hashes; `first` [I + 1]: each item's first text; `offsets` [texts + 1]: each text's first row in text.npy.
+    hashes; `first` [I + 1]: each item's first text; `offsets` [texts + 1]: each text's first token.
     """
 
     def __init__(self, root, items, net, workers):
@@ -441,103 +439,97 @@ class FeatureCache:
         self.offsets = np.cumsum([0, *tokens])
         self.first = np.cumsum([0, *(len(captions) for _, captions in items)])
         self.transform = image_transform(net.image_encoder.data_config)
+        self.picture_size = net.image_encoder.data_config["input_size"][1:]
         self.encoders = net.fingerprint()
         self.key = digest([self.encoders, str(net.dtype), str(self.transform), self.digests])
         self.folder = Path(root) / self.key
-        self.shapes = {"image.npy": (len(items), math.prod(net.grid), net.image_encoder.dim),
-                       "text.npy": (sum(tokens), net.text_encoder.dim)}
-        self.size = 2 * sum(map(math.prod, self.shapes.values()))  # bytes
+        patches = math.prod(net.grid)  # the files hold f_I's patches, and f_T's states of all texts' tokens
+        self.shapes = {"image.f16": (len(items), patches, net.image_encoder.dim),
+                       "text.f16": (sum(tokens), net.text_encoder.dim)}
         with locked(self.folder, wait=True):
-            done, self.unreadable = self.progress()
-            if done < len(items):
-                self.build(net, workers, done)
-        self.readable = np.setdiff1d(np.arange(len(items)), self.unreadable)
+            self.build(net, workers)
+        unreadable = np.isnan(self.map("image.f16")[:, 0, 0])
+        self.readable, self.unreadable = np.flatnonzero(~unreadable), np.flatnonzero(unreadable)
         most = net.text_encoder.max_tokens
         cut = sum(length >= most for length in tokens)
         note = f"; {cut} have {most} tokens or more: f_T reads {most}" if cut else ""
         print(f"features: {self.folder}, {len(items)} images ({len(self.unreadable)} unreadable), "
               f"{len(self.texts)} texts{note}")
         self.on_device = {}
-        if self.device.type == "cuda" and self.size < torch.cuda.mem_get_info(self.device)[0] / 2:
-            for name in FILES:  # the other half is to train
-                self.on_device[name] = torch.from_numpy(np.load(self.folder / name)).to(self.device)
+        size = 2 * sum(map(math.prod, self.shapes.values()))  # bytes
+        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 2:
+            for name in self.shapes:  # the other half is to train
+                self.on_device[name] = torch.from_numpy(np.array(self.map(name))).to(self.device)
 
-    def progress(self):
-        """How many items are encoded, and the unreadable ones: (0, []) unless all is as `build` left it."""
+    def build(self, net, workers):
+        """Encode what is not there: both files grow chunk by chunk, each on the disk before the next one."""
+        ends = np.append(np.arange(0, len(self.items), ENCODE_BATCH), len(self.items))  # of chunks, in items
+        rows = ends, self.offsets[self.first[ends]]  # and in rows of each file
+        sizes = [2 * math.prod(shape[1:]) * end for shape, end in zip(self.shapes.values(), rows)]  # in bytes
+        finished = self.folder / "finished"
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(self.folder / name, "ab")) for name in self.shapes]
+            if finished.exists() and all(size[-1] == file.tell() for size, file in zip(sizes, files)):
+                return
+            whole = min(np.searchsorted(size, file.tell(), "right") - 1 for size, file in zip(sizes, files))
+            whole = max(0, whole - 1)  # the last chunk may have its size, but not its bytes, on the disk
+            needed = sum(size[-1] - size[whole] for size in sizes)
+            for size, file in zip(sizes, files):
+                file.truncate(size[whole])
+            free = shutil.disk_usage(self.folder).free
+            room = f"the cache takes {needed / 1e9:.3g} GB in {self.folder}, {free / 1e9:.3g} GB are free"
+            print(room)
+            if needed > free:
+                raise UserError(f"{room}: name another folder with --cache DIR")
+            chunks = range(whole, len(ends) - 1)
+            pool = stack.enter_context(ThreadPoolExecutor(workers))
+            decoded = read_ahead(lambda k: [*pool.map(self.decode, self.items[ends[k]:ends[k + 1]])], chunks)
+            for k, pictures in zip(tqdm(chunks, desc="encode", unit=f" x {ENCODE_BATCH} images"), decoded):
+                texts = self.texts[self.first[ends[k]]:self.first[ends[k + 1]]]
+                for file, size, features in zip(files, sizes, self.encode(net, pictures, texts)):
+                    file.write(features.numpy().tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+                    assert file.tell() == size[k + 1]  # or all that follows would be misplaced
+        finished.touch()
+
+    def decode(self, item):
+        """An item's picture -> [3, H, W], or None if it cannot be read."""
         try:
-            done, unreadable, check = json.loads((self.folder / "done.json").read_text())
-            files = [np.lib.format.open_memmap(self.folder / name, mode="r") for name in FILES]
-        except (OSError, ValueError, TypeError, RecursionError):  # ValueError: a file that is cut short, too
-            return 0, []
-        shapes = [file.shape for file in files if file.dtype == np.float16]
-        right = shapes == [*self.shapes.values()] and check == digest([self.key, done, unreadable])
-        return (done, unreadable) if right else (0, [])
+            return self.transform(read_image(item[0], self.picture_size))
+        except NOT_AN_IMAGE as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise  # too many open files, or the like: the picture is not to blame
+            print(f"skipped, cannot be read: {item[0]} ({error})", file=sys.stderr)
 
-    def reserve(self):
-        """Make the files, all zeros. UserError, and none of them, if there is too little room."""
-        for name in ("done.json", *FILES):
-            (self.folder / name).unlink(missing_ok=True)  # what is replaced needs no room
-        free = shutil.disk_usage(self.folder).free
-        room = f"the cache takes {self.size / 1e9:.3g} GB in {self.folder}, {free / 1e9:.3g} GB are free"
-        print(room)
-        if self.size > free:
-            raise UserError(f"{room}: name another folder with --cache DIR")
-        for name, shape in self.shapes.items():
-            np.lib.format.open_memmap(self.folder / name, "w+", np.float16, shape)  # takes no room yet
+    def encode(self, net, pictures, texts):
+        """Decoded pictures and all their texts -> patches [B, N, D_I], NaN for a picture that cannot be read,
+        and tokens [T, D_T]. Raises UserError for features that float16 cannot hold."""
+        def half(features):
+            features = features.cpu().half()
+            if not features.isfinite().all():
+                raise UserError("the features of --image_encoder or --text_encoder do not fit float16")
+            return features
 
-    def write(self, name, index, rows):
-        """Rows [R, ...] to the disk, at these numbers; not by a memory map, under which a full disk kills the
-        process. Raises UserError for what float16 cannot hold."""
-        rows = rows.cpu().half()
-        if not rows.isfinite().all():
-            raise UserError(f"the encoder's features for {name} do not fit float16: take another encoder")
-        begin = np.load(self.folder / name, mmap_mode="r").offset
-        with open(self.folder / name, "r+b") as file:
-            for i, row in zip(index, rows.numpy()):
-                file.seek(begin + i * row.nbytes)
-                file.write(row.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        readable = [i for i, picture in enumerate(pictures) if picture is not None]
+        s_image = torch.full((len(pictures), *self.shapes["image.f16"][1:]), math.nan, dtype=torch.float16)
+        if readable:
+            s_image[readable] = half(net.frozen_image(torch.stack([pictures[i] for i in readable])))
+        s_text = []
+        for n in range(0, len(texts), ENCODE_BATCH):
+            states, mask = net.frozen_text(texts[n:n + ENCODE_BATCH])  # [B, L, D_T], [B, L]
+            s_text.append(half(states[mask]))
+        return s_image, torch.cat(s_text)
 
-    def build(self, net, workers, done):
-        """Encode the items from number `done` on; a chunk counts when done.json says so."""
-        if not done:
-            self.reserve()
-        size = net.image_encoder.data_config["input_size"][1:]
-
-        def decode(item):
-            try:
-                return self.transform(read_image(item[0], size))
-            except NOT_AN_IMAGE as error:
-                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                    raise  # too many open files, or the like: the picture is not to blame
-                print(f"skipped, cannot be read: {item[0]} ({error})", file=sys.stderr)
-
-        starts = range(done, len(self.items), ENCODE_BATCH)
-        with ThreadPoolExecutor(workers) as pool:
-            chunks = read_ahead(lambda n: list(pool.map(decode, self.items[n:n + ENCODE_BATCH])), starts)
-            for start, images in zip(tqdm(starts, desc="encode", unit=f" x {ENCODE_BATCH} images"), chunks):
-                readable = {i: image for i, image in enumerate(images, start) if image is not None}
-                end = start + len(images)
-                self.unreadable += [i for i in range(start, end) if i not in readable]  # their rows stay 0
-                if readable:
-                    s_image = net.frozen_image(torch.stack(list(readable.values())))  # [B, N, D_I]
-                    self.write("image.npy", list(readable), s_image)
-                first, last = self.first[start], self.first[end]
-                for n in range(first, last, ENCODE_BATCH):
-                    texts = self.texts[n:min(n + ENCODE_BATCH, last)]
-                    s_text, mask = net.frozen_text(texts)  # [B, L, D_T], [B, L]
-                    rows = self.offsets[n:n + len(texts) + 1]
-                    assert mask.sum(1).tolist() == np.diff(rows).tolist()  # or later texts would be misplaced
-                    self.write("text.npy", range(rows[0], rows[-1]), s_text[mask])
-                state = [end, self.unreadable]
-                write_json(self.folder / "done.json", [*state, digest([self.key, *state])])
+    def map(self, name):
+        """A file as an array on the disk; one that stays open grows in memory."""
+        return np.memmap(self.folder / name, np.float16, "r", shape=self.shapes[name])
 
     def rows(self, name, index):
-        """Rows [*index.shape, ...] of a file, opened each time: a map that stays open grows in memory."""
+        """Rows [*index.shape, ...] of a file."""
         if self.on_device:
             return self.on_device[name][torch.from_numpy(index).to(self.device)]
-        rows = torch.from_numpy(np.load(self.folder / name, mmap_mode="r")[index])
+        rows = torch.from_numpy(self.map(name)[index])
         return rows.pin_memory() if self.device.type == "cuda" else rows
 
     def read(self, draw):
@@ -546,8 +538,8 @@ class FeatureCache:
         start, end = self.offsets[texts][:, None], self.offsets[texts + 1][:, None]  # [B, 1]
         position = start + np.arange((end - start).max())  # [B, L]
         mask = position < end
-        s_text = self.rows("text.npy", np.where(mask, position, start))
-        return self.rows("image.npy", images), s_text, torch.from_numpy(mask)
+        s_text = self.rows("text.f16", np.where(mask, position, start))
+        return self.rows("image.f16", images), s_text, torch.from_numpy(mask)
 
     def batches(self, draws):
         """For each draw (see `read`) s_image and s_text on the device in its dtype, and text_mask."""
@@ -831,21 +823,19 @@ def write_toy_mvsa(root, count, voters, rng):
 def write_toy(root, images=1100, posts=1000, seed=0):
     """Write `root`/coco, `root`/mvsa/MVSA_Single (`posts` kept) and MVSA_Multiple (twice as many), each time
     the same bytes; complete what was cut off. Raises UserError for a folder that holds anything else."""
-    recipe = {"images": images, "posts": posts, "seed": seed}
-    cut_off = {**recipe, "cut off": True}
-    ours = [json.dumps(content, indent=1).encode() for content in (recipe, cut_off)]
+    recipe = json.dumps({"images": images, "posts": posts, "seed": seed}, indent=1).encode()
     there = {path.name for path in root.glob("*")} - {".lock", "recipe.json.tmp"}  # if cut off at once
-    if there and read_file(root / "recipe.json") not in ours:
-        raise UserError(f"{root} exists, but not as toy data of {recipe}; remove it or name another folder")
+    if there and read_file(root / "recipe.json") != recipe:
+        raise UserError(f"{root} exists, but not as toy data of {images} images, {posts} posts and seed "
+                        f"{seed}; remove it or name another folder")
     with locked(root, wait=True):
-        if read_file(root / "recipe.json") == ours[0]:
-            return
-        write_json(root / "recipe.json", cut_off)  # from here on the folder is ours
-        rng = np.random.default_rng(seed)
-        write_toy_coco(root / "coco", images, rng)
-        write_toy_mvsa(root / "mvsa" / "MVSA_Single", posts, 1, rng)
-        write_toy_mvsa(root / "mvsa" / "MVSA_Multiple", 2 * posts, 3, rng)
-        write_json(root / "recipe.json", recipe)
+        if not (root / "finished").exists():
+            atomic_write(root / "recipe.json", recipe)  # from here on the folder is ours
+            rng = np.random.default_rng(seed)
+            write_toy_coco(root / "coco", images, rng)
+            write_toy_mvsa(root / "mvsa" / "MVSA_Single", posts, 1, rng)
+            write_toy_mvsa(root / "mvsa" / "MVSA_Multiple", 2 * posts, 3, rng)
+            (root / "finished").touch()
 
 
 # ------------------------------------------------------------------------------------------------------------
