@@ -309,109 +309,6 @@ def epoch_order(cache, train, seed, epoch):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Downloads: each goes on where it was cut off
-
-COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
-PAUSES = (0, 1, 4, 16)  # seconds before each try
-
-
-def fetch(url, path, memory=0):
-    """Fetch a file, by way of `path`.part; to read it takes `memory` times its size. UserError for too little
-    disk or memory, or after several tries in a row that bring nothing new."""
-    part, tries = path.with_name(path.name + ".part"), 0
-    while not path.is_file():
-        if tries == len(PAUSES):
-            raise UserError(f"{url} ({problem}) cannot be fetched: run again to go on, or remove {part}")
-        time.sleep(PAUSES[tries])
-        there = part.stat().st_size if part.exists() else 0
-        start = max(0, there - 1)  # the last byte again: a server refuses to send an empty rest
-        try:
-            # Some servers refuse urllib's own name.
-            request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "torch.hub"})
-            with urlopen(request, timeout=30) as answer, open(part, "ab") as file:  # 30 s without a byte
-                if answer.headers.get_content_type() == "text/html":
-                    raise OSError("a web page, as of a network that asks for a login")
-                start *= answer.status == 206  # else it sends the whole file
-                size = start + int(answer.headers["Content-Length"] or 0)
-                # All of the memory: what is free leaves out the system's file cache, which gives way.
-                installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-                free = shutil.disk_usage(path.parent).free
-                for what, takes, has in ("disk", size - there, free), ("memory", memory * size, installed):
-                    if takes > has:
-                        raise UserError(f"{url} takes {takes / 1e9:.3g} GB of {what}; here: {has / 1e9:.3g}")
-                file.truncate(start)
-                with tqdm.wrapattr(file, "write", size, initial=start, desc=path.name,
-                                   disable=size < 1e7) as shown:  # a picture needs no bar of its own
-                    shutil.copyfileobj(answer, shown)
-                file.flush()
-                os.fsync(file.fileno())
-            problem = "the connection breaks off"
-            if part.stat().st_size == size:
-                os.replace(part, path)
-        except (OSError, HTTPException) as error:
-            problem = error
-        tries = 0 if part.exists() and part.stat().st_size > there else tries + 1
-    return path
-
-
-def fill(root, names, archive=""):
-    """Fetch what `root` lacks of COCO's files `names`, 16 at a time: each alone, or all in the zip `archive`.
-    UserError names the first that fail; the others are kept."""
-    def missing():
-        return [name for name in names if not (root / name).is_file()]
-
-    def get(name):
-        (root / name).parent.mkdir(exist_ok=True)
-        try:
-            if not archive:
-                fetch(f"{COCO_URL}/{quote(name)}", root / name)
-            else:
-                atomic_write(root / name, opened.read(name))
-        except (UserError, KeyError, BadZipFile, zlib.error) as error:  # KeyError: the zip lacks it
-            return error
-
-    todo, errors = missing(), []
-    if archive and todo:
-        path = fetch(f"{COCO_URL}/{archive}", root / Path(archive).name)
-        try:
-            opened = ZipFile(path)
-        except BadZipFile as error:
-            raise UserError(f"{path} is broken: remove it and run again") from error
-    with ThreadPool(16) as pool:  # of daemons: Ctrl-C waits for none of them
-        for error in tqdm(pool.imap(get, todo), "fetch", len(todo), unit=" files", disable=not todo):
-            errors.append(error)
-            if len(errors) >= 25 and all(errors[-25:]):  # 100 tries in a row: it is the network
-                break
-    if lacking := missing():
-        raise UserError(f"{len(lacking)} of {len(names)} cannot be fetched: {' '.join(lacking[:5])}; run "
-                        f"again, without a zip that is broken\n  {next(filter(None, errors))}")
-
-
-def fetch_coco(root, images):
-    """Fetch the captions and images that load_coco(root, images) takes: one by one, or for 0 in one zip."""
-    captions = "annotations/captions_train2017.json"
-    with locked(root):
-        fill(root, [captions], "annotations/annotations_trainval2017.zip")
-        files, captioned = parse_captions((root / captions).read_bytes(), root / captions)
-        names = [f"train2017/{Path(name).name}" for i, name in sorted(files.items()) if i in captioned]
-        fill(root, names[:images or None], "" if images else "zips/train2017.zip")
-
-
-def fetch_weights(root, preset):
-    """Fetch f_I's file into `root`, or by huggingface if timm has it from there. Raises UserError."""
-    name = PRESETS[preset].image_encoder
-    config = timm.get_pretrained_cfg(name)
-    if config.hf_hub_id:
-        load_vit(name, "")
-        print(f"{name}: {config.hf_hub_id} is in huggingface's own cache, where runs find it by name")
-        return
-    print("I-JEPA's file is a whole training checkpoint (encoder, predictor, target encoder, optimiser), by "
-          "count about 10 GB, and is read into memory whole")
-    with locked(root):
-        print(fetch(config.url, root / config.url.split("/")[-1], memory=1.25))  # a quarter more: f_I itself
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The feature cache: f_I and f_T are frozen and pictures are not augmented, so each is encoded once
 
 ENCODE_BATCH = 32  # fixed, so that the bytes of a cache do not depend on where its building was cut off
@@ -839,6 +736,112 @@ def write_toy(root, images=1100, posts=1000, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Downloads: each goes on where it was cut off
+
+COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
+PAUSES = (0, 1, 4, 16)  # seconds before each try
+
+
+def fetch(url, path, memory=0):
+    """Fetch a file, by way of `path`.part; to read it takes `memory` times its size. UserError for too little
+    disk or memory, or after several tries in a row that bring nothing new."""
+    part, tries = path.with_name(path.name + ".part"), 0
+    while not path.is_file():
+        there = part.stat().st_size if part.exists() else 0
+        try:
+            fetch_rest(url, part, there, memory)
+            os.replace(part, path)
+        except (OSError, HTTPException) as error:
+            tries = 0 if part.exists() and part.stat().st_size > there else tries + 1
+            if tries == len(PAUSES):
+                raise UserError(f"{url} ({error}) cannot be fetched: run again to go on, or remove "
+                                f"{part}") from error
+            time.sleep(PAUSES[tries])
+    return path
+
+
+def fetch_rest(url, part, there, memory):
+    """Append to `part`, of which `there` bytes are there, the rest. OSError or HTTPException if it breaks."""
+    start = max(0, there - 1)  # the last byte again: a server refuses to send an empty rest
+    # Some servers refuse urllib's own name.
+    request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "torch.hub"})
+    with urlopen(request, timeout=30) as answer, open(part, "ab") as file:  # 30 s without a byte
+        if answer.headers.get_content_type() == "text/html":
+            raise OSError("a web page, as of a network that asks for a login")
+        start *= answer.status == 206  # else it sends the whole file
+        size = start + int(answer.headers["Content-Length"] or 0)
+        # All of the memory: what is free leaves out the system's file cache, which gives way.
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = shutil.disk_usage(part.parent).free
+        for what, takes, has in ("disk", size - there, free), ("memory", memory * size, installed):
+            if takes > has:
+                raise UserError(f"{url} takes {takes / 1e9:.3g} GB of {what}; here: {has / 1e9:.3g}")
+        file.truncate(start)
+        with tqdm.wrapattr(file, "write", size, initial=start, desc=part.name,
+                           disable=size < 1e7) as shown:  # a picture needs no bar of its own
+            shutil.copyfileobj(answer, shown)
+        file.flush()
+        os.fsync(file.fileno())
+    if part.stat().st_size != size:
+        raise OSError("the connection breaks off")
+
+
+def fill(root, names, archive=""):
+    """Fetch what `root` lacks of COCO's files `names`, 16 at a time: each alone, or all in the zip `archive`.
+    UserError names the first that fail; the others are kept."""
+    def get(name):
+        (root / name).parent.mkdir(exist_ok=True)
+        try:
+            if archive:
+                atomic_write(root / name, opened.read(name))
+            else:
+                fetch(f"{COCO_URL}/{quote(name)}", root / name)
+        except (UserError, KeyError, BadZipFile, zlib.error) as error:  # KeyError: the zip lacks it
+            return f"{name} ({error})"
+
+    missing, failed = [name for name in names if not (root / name).is_file()], []
+    if archive and missing:
+        path = fetch(f"{COCO_URL}/{archive}", root / Path(archive).name)
+        try:
+            opened = ZipFile(path)
+        except BadZipFile as error:
+            raise UserError(f"{path} is broken: remove it and run again") from error
+    with ThreadPool(16) as pool:  # of daemons: Ctrl-C waits for none of them
+        for problem in tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing):
+            failed += [problem] * bool(problem)
+            if len(failed) == 25:  # 100 tries: it is the network
+                break
+    if failed:
+        raise UserError(f"{len(failed)} of {len(names)} cannot be fetched: {', '.join(failed[:3])}; run "
+                        "again, without a zip that is broken")
+
+
+def fetch_coco(root, images):
+    """Fetch the captions and images that load_coco(root, images) takes: one by one, or for 0 in one zip."""
+    captions = "annotations/captions_train2017.json"
+    with locked(root):
+        fill(root, [captions], "annotations/annotations_trainval2017.zip")
+        files, captioned = parse_captions((root / captions).read_bytes(), root / captions)
+        names = [f"train2017/{Path(name).name}" for i, name in sorted(files.items()) if i in captioned]
+        fill(root, names[:images or None], "" if images else "zips/train2017.zip")
+
+
+def fetch_weights(root, preset):
+    """Fetch f_I's file into `root`, or by huggingface if timm has it from there. Raises UserError."""
+    name = PRESETS[preset].image_encoder
+    config = timm.get_pretrained_cfg(name)
+    if config.hf_hub_id:
+        load_vit(name, "")
+        print(f"{name}: {config.hf_hub_id} is in huggingface's own cache, where runs find it by name")
+        return
+    print("I-JEPA's file is a whole training checkpoint (encoder, predictor, target encoder, optimiser), by "
+          "count about 10 GB, and is read into memory whole")
+    with locked(root):
+        print(fetch(config.url, root / config.url.split("/")[-1], memory=1.25))  # a quarter more: f_I itself
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The commands
 
 
 def check(coco, mvsa):
