@@ -16,10 +16,8 @@ Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a blo
     energy              E(I, T)    [B]               prediction error on the hidden patches of a pair
     momentum            m          float             xi <- m xi + (1 - m) theta
 
-With `target="image"` the target is s_image instead of X~'s tokens; X~ still encodes for `encode`.
-Masks apply after f_I, as in the authors' code: the visible tokens of s_image have already seen the hidden
-patches, which I-JEPA hides before its encoder.
-README, "Differences", lists what else departs from the paper and from I-JEPA, and what is not in here."""
+Masks apply after f_I, as in the authors' code: the visible tokens of s_image have seen the hidden patches,
+which I-JEPA hides before its encoder. README, "Differences", lists what else departs from whom."""
 import copy
 import hashlib
 import json
@@ -27,7 +25,7 @@ import math
 import pickle
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,17 +34,26 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 MAX_TEXT_TOKENS = 128  # a tweet of 140 characters or a COCO caption fits
-# What loaders raise on a file that is not the checkpoint it is taken for
-NOT_A_CHECKPOINT = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-                    pickle.UnpicklingError)
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """What the user can mend: the message names the file or the option."""
+
+
+@contextmanager
+def refusing(what, advice):
+    """A block where all that loaders raise on a file that is not what it is taken for becomes a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
+            pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:250]
+        raise UserError(f"{what}: {reason}; {advice}") from error
 
 
 @dataclass
@@ -73,8 +80,7 @@ class Config:
         if self.dim % self.heads:
             raise UserError(f"heads={self.heads} do not divide the width dim={self.dim}")
         if self.predictor_dim % math.lcm(4, self.predictor_heads):
-            raise UserError(f"predictor_dim={self.predictor_dim} must be a multiple of 4 and of "
-                            f"predictor_heads={self.predictor_heads}")
+            raise UserError(f"predictor_dim={self.predictor_dim} is no multiple of 4 and predictor_heads")
 
 
 JEPA_14, JEPA_16 = "vit_huge_patch14_gap_224.in1k_ijepa", "vit_huge_patch16_gap_448.in1k_ijepa"
@@ -106,16 +112,22 @@ def hash_weights(module):
 
 
 class ImageEncoder(nn.Module):
-    """f_I: a timm ViT without its classifier, with timm's pretrained weights or those of the file `weights`.
-    Raises UserError if there is no such ViT."""
+    """f_I: a timm ViT without its classifier, with timm's pretrained weights or those of the file `weights`
+    (I-JEPA's `.pth.tar`, too). Raises UserError if there is no such ViT, or not all weights fit."""
 
     def __init__(self, name, weights="", pretrained=True):
         super().__init__()
-        self.vit = toy_vit() if name == "toy" else load_vit(name, weights, pretrained)
+        with refusing(f"--image_encoder {name} cannot be loaded from {weights or 'the hub'}",
+                      "f_I is a ViT with a fixed patch grid; without network give its --image_weights FILE"):
+            if name == "toy":
+                self.vit = toy_vit()
+            else:
+                self.vit = timm.create_model(name, pretrained=pretrained and not weights, num_classes=0)
+                if weights:
+                    timm.models.load_checkpoint(self.vit, weights, filter_fn=convert_weights)
+            self.prefix = self.vit.num_prefix_tokens  # class and register tokens; a Swin has no such number
+            self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns); N = rows * columns
         self.vit.requires_grad_(False).eval()
-        if not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):
-            raise UserError(f"--image_encoder {name}: not a ViT with a fixed patch grid")
-        self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns) of patches; N = rows * columns
         self.dim = self.vit.num_features
         config = timm.data.resolve_model_data_config(self.vit)
         self.data_config = {key: config[key] for key in ("interpolation", "mean", "std")}
@@ -129,12 +141,8 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """images [B, 3, H, W] -> patch tokens [B, N, D_I], without class and register tokens"""
-        tokens = self.vit.forward_features(images)  # [B, prefix + N, D_I]
-        tokens = tokens[:, getattr(self.vit, "num_prefix_tokens", 0):]
-        if tokens.shape[1:-1] != (math.prod(self.grid),):  # as of a Swin, which merges patches
-            raise UserError(f"--image_encoder outputs {list(tokens.shape)}, not one for each of {self.grid}")
-        return tokens
+        """images [B, 3, H, W] -> patch tokens [B, N, D_I]"""
+        return self.vit.forward_features(images)[:, self.prefix:]
 
 
 def toy_vit():
@@ -145,40 +153,40 @@ def toy_vit():
                                  num_heads=3, num_classes=0)
 
 
-def load_vit(name, weights, pretrained=True):
-    """A timm ViT with pretrained weights, or those of a file. Raises UserError if a key does not fit."""
-    try:
-        vit = timm.create_model(name, pretrained=pretrained and not weights, num_classes=0)
-        if weights:
-            timm.models.load_checkpoint(vit, weights, filter_fn=convert_weights)
-    except NOT_A_CHECKPOINT as error:
-        raise UserError(f"--image_encoder {name} cannot be loaded from {weights or 'the hub'}: {error}\n"
-                        "Give a local file that fits with --image_weights FILE") from error
-    return vit
-
-
 def convert_weights(state, vit):
-    """A file's weights under timm's names (I-JEPA's `.pth.tar`, too), without the classifier."""
+    """A file's weights under timm's names, without the classifier."""
     architecture = sys.modules[type(vit).__module__]
     if hasattr(architecture, "checkpoint_filter_fn"):
         state = architecture.checkpoint_filter_fn(state, vit)
-    heads = np.atleast_1d(vit.pretrained_cfg.get("classifier") or [])  # one name or several
-    prefixes = tuple(f"{head}." for head in heads)
-    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    return {key: value for key, value in state.items() if not key.startswith("head")}
 
 
 class TextEncoder(nn.Module):
-    """f_T: any Hugging Face encoder and its tokenizer, by name or local folder."""
+    """f_T: any Hugging Face encoder and its tokenizer, by name or local folder. Raises UserError if there is
+    none or any weight is missing: transformers would fill it at random."""
 
     def __init__(self, name, vocabulary=()):
         super().__init__()
-        self.tokenizer, self.bert = toy_bert(vocabulary) if name == "toy" else load_text_encoder(name)
+        with refusing(f"--text_encoder {name} cannot be loaded",
+                      "give the folder of a downloaded model with --text_encoder PATH"):
+            if name == "toy":
+                self.tokenizer, self.bert = toy_bert(vocabulary)
+            else:
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
+                # Some are stored in half precision, which X's float32 weights could not be multiplied with.
+                self.bert, info = AutoModel.from_pretrained(name, dtype=torch.float32,
+                                                            output_loading_info=True)
+                missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it works above s_T
+                if missing:
+                    raise ValueError(f"it lacks the weights {missing}")
+            if self.bert.config.is_encoder_decoder:
+                self.bert = self.bert.get_encoder()
+            self.dim = self.bert.config.hidden_size
         self.bert.requires_grad_(False).eval()
-        self.dim = self.bert.config.hidden_size
         self.tokenizer.padding_side = "right"  # so that a token's position does not depend on its batch-mates
-        positions = getattr(self.bert.config, "max_position_embeddings", None)  # T5 has none, XLNet -1
+        positions = getattr(self.bert.config, "max_position_embeddings", -1)  # T5 has none, XLNet -1
         limits = MAX_TEXT_TOKENS, self.tokenizer.model_max_length, positions
-        self.max_tokens = min(limit for limit in limits if limit and limit > 0)
+        self.max_tokens = min(limit for limit in limits if limit > 0)
 
     def fingerprint(self):
         """All that decides f_T's output: {name: value}."""
@@ -209,41 +217,13 @@ class TextEncoder(nn.Module):
 
 def toy_bert(vocabulary):
     """A seeded, untrained 2-layer BERT and a tokenizer with one token for each word of `vocabulary`."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *vocabulary])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = BertTokenizer(words, strip_accents=False, tokenize_chinese_chars=False, mask_token=None)
     config = BertConfig(vocab_size=len(words), hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
                         intermediate_size=192, max_position_embeddings=64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        bert = BertModel(config, add_pooling_layer=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]",
-                                   cls_token="[CLS]", sep_token="[SEP]"), bert
-
-
-def load_text_encoder(name):
-    """A tokenizer and an encoder from the hub or a folder. Raises UserError if any weight is missing:
-    transformers would fill it at random."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        # Some are stored in half precision, which X's float32 weights could not be multiplied with.
-        model, info = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
-    except NOT_A_CHECKPOINT as error:
-        raise UserError(f"--text_encoder {name} cannot be loaded: {error}\nGive the folder of a downloaded "
-                        "model with --text_encoder PATH") from error
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it works above s_T
-    if missing:
-        raise UserError(f"--text_encoder {name} lacks the weights {missing}")
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    if not hasattr(model.config, "hidden_size"):
-        raise UserError(f"--text_encoder {name}: a {type(model).__name__} has no hidden_size")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer, model
+        return tokenizer, BertModel(config, add_pooling_layer=False)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -468,7 +448,7 @@ def effective_rank(features):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The whole
+# The whole, its checkpoints, its device
 
 
 class Output(NamedTuple):
@@ -522,46 +502,38 @@ class TIJEPA(nn.Module):
         return torch.autocast(self.device.type, dtype=self.dtype) if half else nullcontext()
 
     def frozen_image(self, images):
-        """f_I: images [B, 3, H, W] -> s_image [B, N, D_I]. Raises UserError for another H or W than f_I's."""
-        size = self.image_encoder.data_config["input_size"]
-        if images.shape[1:] != size:
-            raise UserError(f"images of {list(images.shape)}, where {self.config.image_encoder} takes "
-                            f"batches of {list(size)}: see data.image_transform")
+        """f_I: images [B, 3, H, W] -> s_image [B, N, D_I]"""
         with self.autocast():
             return self.image_encoder(images.to(self.device, non_blocking=True)).to(self.dtype)
 
     def frozen_text(self, texts):
-        """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]. Raises UserError for a lone string."""
-        if isinstance(texts, str):
-            raise UserError(f"texts must be a list of strings, not the string {texts[:60]!r}")
+        """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]"""
         with self.autocast():
             states, mask = self.text_encoder(texts)
         return states.to(self.dtype), mask
 
     def frozen(self, images, texts):
-        """images [B, 3, H, W], B strings -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L]"""
-        if not isinstance(texts, str) and len(images) != len(texts):
-            raise UserError(f"each picture takes a text: {len(images)} pictures, {len(texts)} texts")
+        """As both of these. Raises UserError for pictures of another size, and for anything but B strings."""
+        size = self.image_encoder.data_config["input_size"]
+        if isinstance(texts, str) or len(texts) != len(images) or images.shape[1:] != size:
+            given = f"the string {texts[:60]!r}" if isinstance(texts, str) else f"{len(texts)} texts"
+            raise UserError(f"pictures {list(images.shape)} and {given}, where {self.config.image_encoder} "
+                            f"takes B x {list(size)} (see data.image_transform) and a list of B strings")
         return self.frozen_image(images), *self.frozen_text(texts)
 
     def forward(self, s_image, s_text, text_mask, masks):
         """The trained half: the features of `frozen`, and masks -> Output. Gradients reach X and g."""
         with self.autocast():
             context = self.context_encoder(gather(s_image, masks.context), s_text, text_mask)  # X: [B, C, D]
-            target = self.target(s_image, s_text, text_mask, masks)  # X~: [B, M, P, D]
             prediction = self.predictor(context, masks)  # g: [B, M, P, D]
+            with torch.no_grad():
+                target = gather(s_image, masks.target.flatten(1))  # f_I's: fixed, blind to the caption
+                if self.config.target == "ema":  # each patch reads the caption on its own: these suffice
+                    target = self.target_encoder(target, s_text, text_mask)  # X~: [B, M * P, D]
+                target = F.layer_norm(target.float(), target.shape[-1:])  # without affine: I-JEPA's train.py
+                target = target.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
         patch_energy = self.patch_energy(prediction, target)  # [B, M, P]
         return Output(patch_energy.mean((1, 2)), patch_energy, target, prediction, context)
-
-    @torch.no_grad()
-    def target(self, s_image, s_text, text_mask, masks):
-        """X~'s tokens at masks.target, layer-normalised without affine (I-JEPA's train.py) -> [B, M, P, D].
-        With `target="image"` f_I's: fixed, so they cannot collapse, and blind to the caption."""
-        tokens = gather(s_image, masks.target.flatten(1))  # [B, M * P, D_I]
-        if self.config.target == "ema":  # each patch reads the caption on its own: the hidden ones suffice
-            tokens = self.target_encoder(tokens, s_text, text_mask)
-        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])  # [B, M * P, D]
-        return tokens.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
 
     def patch_energy(self, prediction, target):
         """Two tensors [B, M, P, D] -> [B, M, P]: the mean squared (or smooth L1) error, in float32."""
@@ -613,16 +585,15 @@ class TIJEPA(nn.Module):
     def from_checkpoint(cls, path, image_weights="", text_encoder=""):
         """A file of pretrain.py -> (TIJEPA in eval mode, all in the file). f_I and f_T may lie elsewhere now.
         Raises UserError if they are not what X was trained on."""
-        checkpoint = read_checkpoint(path)
-        config = Config(**checkpoint["config"])
-        config.image_weights = image_weights or config.image_weights
-        config.text_encoder = text_encoder or config.text_encoder
-        net = cls(config)
-        differs = differences(checkpoint["encoders"], net.fingerprint())
-        if differs:
-            raise UserError(f"{path} was trained on other encoders: {differs}; give the same with "
-                            "--image_weights and --text_encoder")
-        with refuse_unless_whole(path):
+        with read_checkpoint(path) as checkpoint:
+            config = Config(**checkpoint["config"])
+            config.image_weights = image_weights or config.image_weights
+            config.text_encoder = text_encoder or config.text_encoder
+            net = cls(config)
+            differs = differences(checkpoint["encoders"], net.fingerprint())
+            if differs:
+                raise UserError(f"{path} was trained on other encoders: {differs}; give the same with "
+                                "--image_weights and --text_encoder")
             net.load_trained_state(checkpoint["model"])
         return net.eval(), checkpoint
 
@@ -633,25 +604,14 @@ CHECKPOINT_KEYS = {"config", "encoders", "identity", "coco", "held_out", "skippe
 
 
 @contextmanager
-def refuse_unless_whole(path):
-    """A block in which what fails becomes a UserError that the checkpoint is to blame for."""
-    try:
-        yield
-    except NOT_A_CHECKPOINT as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not a whole checkpoint of this version: {reason}; remove it, or name "
-                        "another folder") from error
-
-
 def read_checkpoint(path):
-    """A file of pretrain.py -> the dict in it, on the CPU. Raises UserError if it is not a whole one."""
-    with refuse_unless_whole(path):
+    """A block with all that is in a file of pretrain.py, on the CPU. What fails in it is a UserError."""
+    with refusing(f"{path} is not a whole checkpoint of this version", "give another, or another folder"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         missing = CHECKPOINT_KEYS - checkpoint.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        Config(**checkpoint["config"])
-    return checkpoint
+        yield checkpoint
 
 
 def differences(then, now):
@@ -660,42 +620,30 @@ def differences(then, now):
                      for key in now if key in then and then[key] != now[key])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Device and precision, the same for both scripts
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
 def pick_device(name="auto"):
     """"auto" (cuda, mps or cpu, the first there is) or torch's name. Raises UserError if it is not there, or
     for an NVIDIA GPU that torch cannot use: a CPU would take weeks."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        if name == "cpu" and (driver := nvidia_driver()):
-            raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the NVIDIA "
-                            f"GPU (driver {driver}): install a newer driver or an older torch, or run with "
-                            "--device cpu")
+        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        name = next((kind for kind, backend in backends.items() if backend.is_available()), "cpu")
+        if name == "cpu":
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]  # a line a GPU
+            with suppress(OSError, subprocess.CalledProcessError, IndexError):  # no nvidia-smi, driver or GPU
+                found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+                raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPU "
+                                f"(driver {found}): install a newer driver or an older torch, or run with "
+                                "--device cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UserError(f"--device {name} cannot be had ({reason}): try --device auto") from error
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)  # set_device takes no device without a number
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     return device
-
-
-def nvidia_driver():
-    """The version of the driver of this machine's NVIDIA GPU, or "" where there is none."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]  # a line for each GPU
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
-    except (OSError, subprocess.CalledProcessError):  # not installed; no driver or no GPU
-        return ""
 
 
 def pick_dtype(name, device):

@@ -259,11 +259,10 @@ def run_identity(args, net, items, cache):
 def resume(path, identity, net, optimizer, scaler, seconds):
     """Load the state of the run that `path` is of and add its seconds -> (step, log, start_share, running).
     Raises UserError if it is not whole, or of another run, naming what differs."""
-    saved = model.read_checkpoint(path)
-    differs = model.differences(saved["identity"], identity)
-    if differs:
-        raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
-    with model.refuse_unless_whole(path):
+    with model.read_checkpoint(path) as saved:
+        differs = model.differences(saved["identity"], identity)
+        if differs:
+            raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
         net.load_trained_state(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
