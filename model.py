@@ -16,8 +16,8 @@ Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a blo
     energy              E(I, T)    [B]               prediction error on the hidden patches of a pair
     momentum            m          float             xi <- m xi + (1 - m) theta
 
-Masks apply after f_I, as in the authors' code: the visible tokens of s_image have seen the hidden patches,
-which I-JEPA hides before its encoder. README, "Differences", lists what else departs from whom."""
+Masks apply after f_I, as in the authors' code: the visible tokens of s_image have seen the hidden patches.
+README, "Differences", has this and what else departs from the paper or from I-JEPA."""
 import copy
 import hashlib
 import json
@@ -47,12 +47,12 @@ class UserError(Exception):
 
 @contextmanager
 def refusing(what, advice):
-    """A block where all that loaders raise on a file that is not what it is taken for becomes a UserError."""
+    """A block where what loaders raise on a file that is not what it is taken for becomes a UserError."""
     try:
         yield
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-            pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:250]
+            AssertionError, pickle.UnpicklingError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{what}: {reason}; {advice}") from error
 
 
@@ -155,9 +155,8 @@ def toy_vit():
 
 def convert_weights(state, vit):
     """A file's weights under timm's names, without the classifier."""
-    architecture = sys.modules[type(vit).__module__]
-    if hasattr(architecture, "checkpoint_filter_fn"):
-        state = architecture.checkpoint_filter_fn(state, vit)
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    state = convert(state, vit) if convert else state
     return {key: value for key, value in state.items() if not key.startswith("head")}
 
 
@@ -184,9 +183,9 @@ class TextEncoder(nn.Module):
             self.dim = self.bert.config.hidden_size
         self.bert.requires_grad_(False).eval()
         self.tokenizer.padding_side = "right"  # so that a token's position does not depend on its batch-mates
-        positions = getattr(self.bert.config, "max_position_embeddings", -1)  # T5 has none, XLNet -1
+        positions = getattr(self.bert.config, "max_position_embeddings", None)  # T5 has none, XLNet -1
         limits = MAX_TEXT_TOKENS, self.tokenizer.model_max_length, positions
-        self.max_tokens = min(limit for limit in limits if limit > 0)
+        self.max_tokens = min(limit for limit in limits if limit and limit > 0)
 
     def fingerprint(self):
         """All that decides f_T's output: {name: value}."""
@@ -336,7 +335,7 @@ class Predictor(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Masks
+# Masks, regularisers, measures of collapse
 
 
 class Masks(NamedTuple):
@@ -362,10 +361,9 @@ def gather(tokens, index):
 def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), target_aspect=(0.75, 1.5),
                  context_area=(0.85, 1.0)):
     """I-JEPA's multi-block masks (paper section 3.2; masks/multiblock.py), a pure function of its arguments.
-    Areas are shares of the grid, aspects relative to it. Raises UserError for a grid of less than 6 x 6.
-
-    To make rectangular tensors, a batch has one block size, and its contexts are cut to the smallest: at
-    random, since a cut in raster order would always take the bottom rows."""
+    Areas are shares of the grid, aspects relative to it. To make rectangular tensors, a batch has one block
+    size, and its contexts are cut to the smallest: at random, since a cut in raster order would always take
+    the bottom rows. Raises UserError for a grid of less than 6 x 6."""
     rows, columns = grid
     if min(grid) < 6:
         raise UserError(f"a {rows} x {columns} patch grid is too small for block masks (at least 6 x 6): "
@@ -403,26 +401,21 @@ def block_size(grid, area, aspect, generator):
     return tuple(min(max(round(side * size), 1), size) for side, size in zip(sides, grid))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Regularisers, and measures of collapse
-
-
 def vicreg_term(context):
     """VICReg's variance and covariance terms (Bardes et al. 2022, sections 4.1 and 4.2, with its 25 : 1), of
     the mean patch of X's output [B, C, D] -> []"""
     z = context.float().mean(1)  # [B, D]
-    z = z - z.mean(0)
-    covariance = z.T @ z / max(1, len(z) - 1)  # [D, D]
+    covariance = z.T.cov()  # [D, D]
     variance = F.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
     off_diagonal = covariance - torch.diag(covariance.diagonal())
-    return variance + off_diagonal.square().sum() / z.shape[1] / 25
+    return variance + off_diagonal.square().sum() / len(covariance) / 25
 
 
 def sigreg_term(context, seed, step, directions=256, knots=17):
-    """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far its
-    projections on random unit directions, others at each step, are from a standard normal. That is Epps and
-    Pulley's statistic: B times the integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) over all t, phi being
-    the empirical characteristic function; trapezoids on [0, 3], twice, as the integrand is even."""
+    """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
+    on random directions, others at each step, are from a standard normal, by Epps and Pulley: B times the
+    integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) over all t, phi being the empirical characteristic
+    function; trapezoids on [0, 3], twice, as it is even."""
     z = context.float().mean(1)  # [B, D]
     a = F.normalize(torch.randn(z.shape[1], directions, generator=generator_of(seed, step)), dim=0)
     t = torch.linspace(0, 3, knots, device=z.device)
@@ -516,9 +509,8 @@ class TIJEPA(nn.Module):
         """As both of these. Raises UserError for pictures of another size, and for anything but B strings."""
         size = self.image_encoder.data_config["input_size"]
         if isinstance(texts, str) or len(texts) != len(images) or images.shape[1:] != size:
-            given = f"the string {texts[:60]!r}" if isinstance(texts, str) else f"{len(texts)} texts"
-            raise UserError(f"pictures {list(images.shape)} and {given}, where {self.config.image_encoder} "
-                            f"takes B x {list(size)} (see data.image_transform) and a list of B strings")
+            raise UserError(f"pictures {list(images.shape)} with {texts!r:.60}: {self.config.image_encoder} "
+                            f"takes B x {list(size)} (see data.image_transform) with a list of B strings")
         return self.frozen_image(images), *self.frozen_text(texts)
 
     def forward(self, s_image, s_text, text_mask, masks):
@@ -541,8 +533,7 @@ class TIJEPA(nn.Module):
 
     @torch.no_grad()
     def measure(self, s_image, s_text, text_mask, draw=0):
-        """`forward` with the same masks, the draw of that number, for all pairs: only then do their energies,
-        or a std over them, compare like with like."""
+        """`forward` with one draw of masks for all pairs, so that their energies are of the same patches."""
         return self(s_image, s_text, text_mask, sample_masks(self.grid, 1, seed=draw).to(self.device))
 
     def mean_energy(self, s_image, s_text, text_mask, draws):
@@ -599,19 +590,16 @@ class TIJEPA(nn.Module):
 
 
 TRAINED = ("context_encoder", "target_encoder", "predictor")
-CHECKPOINT_KEYS = {"config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
-                   "seconds", "model", "optimizer", "scaler", "running", "log"}
+CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
+                   "seconds", "model", "optimizer", "scaler", "running", "log")
 
 
 @contextmanager
 def read_checkpoint(path):
     """A block with all that is in a file of pretrain.py, on the CPU. What fails in it is a UserError."""
-    with refusing(f"{path} is not a whole checkpoint of this version", "give another, or another folder"):
+    with refusing(f"{path} is not a whole checkpoint of this version", "give another one, or another folder"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-        missing = CHECKPOINT_KEYS - checkpoint.keys()
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        yield checkpoint
+        yield {key: checkpoint[key] for key in CHECKPOINT_KEYS}
 
 
 def differences(then, now):
@@ -633,12 +621,9 @@ def pick_device(name="auto"):
                 raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPU "
                                 f"(driver {found}): install a newer driver or an older torch, or run with "
                                 "--device cpu")
-    try:
+    with refusing(f"--device {name} cannot be had", "try --device auto"):
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--device {name} cannot be had ({reason}): try --device auto") from error
+        torch.empty(0, device=device)  # where torch is built without CUDA, an AssertionError
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)  # set_device takes no device without a number
         torch.cuda.set_device(device)

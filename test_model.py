@@ -298,8 +298,8 @@ def test_what_cannot_be_is_refused_in_words(net, images, tmp_path):
         model.ImageEncoder(name, str(tmp_path / "weights"))
 
     for attempt, words in (
-            (lambda: net.encode(images, "a red dog"), "the string 'a red dog', .* a list of B strings"),
-            (lambda: net.encode(images[:1], TEXTS), r"\[1, 3, 48, 48\] and 3 texts"),
+            (lambda: net.encode(images, "a red dog"), "with 'a red dog': .* with a list of B strings"),
+            (lambda: net.encode(images[:1], TEXTS), r"\[1, 3, 48, 48\] with \['a red dog', .* list of B"),
             (lambda: net.encode(images[:, :, 8:], TEXTS), r"\[3, 3, 40, 48\] .* toy takes .*\[3, 48, 48"),
             (lambda: replace(CONFIG, heads=3), "heads=3 do not divide the width dim=32"),
             (lambda: replace(CONFIG, predictor_dim=6), "predictor_dim=6"),
