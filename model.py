@@ -25,7 +25,7 @@ import math
 import pickle
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -563,12 +563,8 @@ class TIJEPA(nn.Module):
         """All that decides the features of the frozen encoders: {name: value}."""
         return {**self.image_encoder.fingerprint(), **self.text_encoder.fingerprint()}
 
-    def trained_state(self):
-        """State dicts of what training changes."""
-        return {name: getattr(self, name).state_dict() for name in TRAINED}
-
     def load_trained_state(self, state):
-        """Load the output of `trained_state`."""
+        """Load the state dicts of what training changes, {name: state}, as a checkpoint has them."""
         for name in TRAINED:
             getattr(self, name).load_state_dict(state[name])
 
@@ -615,15 +611,15 @@ def pick_device(name="auto"):
         backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
         name = next((kind for kind, backend in backends.items() if backend.is_available()), "cpu")
         if name == "cpu":
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]  # a line a GPU
-            with suppress(OSError, subprocess.CalledProcessError, IndexError):  # no nvidia-smi, driver or GPU
-                found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-                raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the GPU "
-                                f"(driver {found}): install a newer driver or an older torch, or run with "
-                                "--device cpu")
+            query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+            driver = subprocess.getoutput(query).partition("\n")[0]  # a line for each GPU, or an error
+            if driver[:1].isdigit():
+                raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the "
+                                f"NVIDIA GPU (driver {driver}): install a newer driver or an older torch, "
+                                "or run with --device cpu")
     with refusing(f"--device {name} cannot be had", "try --device auto"):
         device = torch.device(name)
-        torch.empty(0, device=device)  # where torch is built without CUDA, an AssertionError
+        torch.empty(0, device=device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)  # set_device takes no device without a number
         torch.cuda.set_device(device)

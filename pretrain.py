@@ -349,8 +349,8 @@ def main(args):
             file = io.BytesIO()
             torch.save({**constant, "step": step, "start_share": start_share, "running": total,
                         "seconds": {**seconds, "pretrain": seconds["pretrain"] + time.time() - began},
-                        "log": log, "model": net.trained_state(), "scaler": scaler.state_dict(),
-                        "optimizer": optimizer.state_dict()}, file)
+                        "model": {name: getattr(net, name).state_dict() for name in model.TRAINED},
+                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "log": log}, file)
             data.atomic_write(path, file.getbuffer())
             write_log(path, log)
 
