@@ -506,7 +506,7 @@ class TIJEPA(nn.Module):
         return states.to(self.dtype), mask
 
     def frozen(self, images, texts):
-        """As both of these. Raises UserError for pictures of another size, and for anything but B strings."""
+        """images [B, 3, H, W], B strings -> s_image, s_text, text_mask. Raises UserError for any others."""
         size = self.image_encoder.data_config["input_size"]
         if isinstance(texts, str) or len(texts) != len(images) or images.shape[1:] != size:
             raise UserError(f"pictures {list(images.shape)} with {texts!r:.60}: {self.config.image_encoder} "
@@ -520,7 +520,7 @@ class TIJEPA(nn.Module):
             prediction = self.predictor(context, masks)  # g: [B, M, P, D]
             with torch.no_grad():
                 target = gather(s_image, masks.target.flatten(1))  # f_I's: fixed, blind to the caption
-                if self.config.target == "ema":  # each patch reads the caption on its own: these suffice
+                if self.config.target == "ema":  # each patch reads the caption alone, so these suffice
                     target = self.target_encoder(target, s_text, text_mask)  # X~: [B, M * P, D]
                 target = F.layer_norm(target.float(), target.shape[-1:])  # without affine: I-JEPA's train.py
                 target = target.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
@@ -592,7 +592,7 @@ CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skippe
 
 @contextmanager
 def read_checkpoint(path):
-    """A block with all that is in a file of pretrain.py, on the CPU. What fails in it is a UserError."""
+    """A block with what a file of pretrain.py holds, on the CPU. What fails in it is the file's UserError."""
     with refusing(f"{path} is not a whole checkpoint of this version", "give another one, or another folder"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         yield {key: checkpoint[key] for key in CHECKPOINT_KEYS}
