@@ -42,7 +42,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from tqdm import tqdm
 
-from model import PRESETS, UserError, load_vit
+from model import PRESETS, ImageEncoder, UserError
 
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
 COCO_HELP = ("name its folder with --coco, run `make coco COCO=DIR`, or get train2017.zip and "
@@ -831,7 +831,7 @@ def fetch_weights(root, preset):
     name = PRESETS[preset].image_encoder
     config = timm.get_pretrained_cfg(name)
     if config.hf_hub_id:
-        load_vit(name, "")
+        ImageEncoder(name)
         print(f"{name}: {config.hf_hub_id} is in huggingface's own cache, where runs find it by name")
         return
     print("I-JEPA's file is a whole training checkpoint (encoder, predictor, target encoder, optimiser), by "

@@ -16,10 +16,8 @@ Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a blo
     energy              E(I, T)    [B]               prediction error on the hidden patches of a pair
     momentum            m          float             xi <- m xi + (1 - m) theta
 
-With `target="image"` the target is s_image instead of X~'s tokens; X~ still encodes for `encode`.
-Masks apply after f_I, as in the authors' code: the visible tokens of s_image have already seen the hidden
-patches, which I-JEPA hides before its encoder.
-README, "Differences", lists what else departs from the paper and from I-JEPA, and what is not in here."""
+Masks apply after f_I, as in the authors' code: the visible tokens of s_image have seen the hidden patches.
+README, "Differences", has this and what else departs from the paper or from I-JEPA."""
 import copy
 import hashlib
 import json
@@ -36,17 +34,26 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 MAX_TEXT_TOKENS = 128  # a tweet of 140 characters or a COCO caption fits
-# What loaders raise on a file that is not the checkpoint it is taken for
-NOT_A_CHECKPOINT = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-                    pickle.UnpicklingError)
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """What the user can mend: the message names the file or the option."""
+
+
+@contextmanager
+def refusing(what, advice):
+    """A block where what loaders raise on a file that is not what it is taken for becomes a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
+            AssertionError, pickle.UnpicklingError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{what}: {reason}; {advice}") from error
 
 
 @dataclass
@@ -73,8 +80,7 @@ class Config:
         if self.dim % self.heads:
             raise UserError(f"heads={self.heads} do not divide the width dim={self.dim}")
         if self.predictor_dim % math.lcm(4, self.predictor_heads):
-            raise UserError(f"predictor_dim={self.predictor_dim} must be a multiple of 4 and of "
-                            f"predictor_heads={self.predictor_heads}")
+            raise UserError(f"predictor_dim={self.predictor_dim} is no multiple of 4 and predictor_heads")
 
 
 JEPA_14, JEPA_16 = "vit_huge_patch14_gap_224.in1k_ijepa", "vit_huge_patch16_gap_448.in1k_ijepa"
@@ -106,16 +112,22 @@ def hash_weights(module):
 
 
 class ImageEncoder(nn.Module):
-    """f_I: a timm ViT without its classifier, with timm's pretrained weights or those of the file `weights`.
-    Raises UserError if there is no such ViT."""
+    """f_I: a timm ViT without its classifier, with timm's pretrained weights or those of the file `weights`
+    (I-JEPA's `.pth.tar`, too). Raises UserError if there is no such ViT, or not all weights fit."""
 
     def __init__(self, name, weights="", pretrained=True):
         super().__init__()
-        self.vit = toy_vit() if name == "toy" else load_vit(name, weights, pretrained)
+        with refusing(f"--image_encoder {name} cannot be loaded from {weights or 'the hub'}",
+                      "f_I is a ViT with a fixed patch grid; without network give its --image_weights FILE"):
+            if name == "toy":
+                self.vit = toy_vit()
+            else:
+                self.vit = timm.create_model(name, pretrained=pretrained and not weights, num_classes=0)
+                if weights:
+                    timm.models.load_checkpoint(self.vit, weights, filter_fn=convert_weights)
+            self.prefix = self.vit.num_prefix_tokens  # class and register tokens; a Swin has no such number
+            self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns); N = rows * columns
         self.vit.requires_grad_(False).eval()
-        if not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):
-            raise UserError(f"--image_encoder {name}: not a ViT with a fixed patch grid")
-        self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns) of patches; N = rows * columns
         self.dim = self.vit.num_features
         config = timm.data.resolve_model_data_config(self.vit)
         self.data_config = {key: config[key] for key in ("interpolation", "mean", "std")}
@@ -129,12 +141,8 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """images [B, 3, H, W] -> patch tokens [B, N, D_I], without class and register tokens"""
-        tokens = self.vit.forward_features(images)  # [B, prefix + N, D_I]
-        tokens = tokens[:, getattr(self.vit, "num_prefix_tokens", 0):]
-        if tokens.shape[1:-1] != (math.prod(self.grid),):  # as of a Swin, which merges patches
-            raise UserError(f"--image_encoder outputs {list(tokens.shape)}, not one for each of {self.grid}")
-        return tokens
+        """images [B, 3, H, W] -> patch tokens [B, N, D_I]"""
+        return self.vit.forward_features(images)[:, self.prefix:]
 
 
 def toy_vit():
@@ -145,36 +153,37 @@ def toy_vit():
                                  num_heads=3, num_classes=0)
 
 
-def load_vit(name, weights, pretrained=True):
-    """A timm ViT with pretrained weights, or those of a file. Raises UserError if a key does not fit."""
-    try:
-        vit = timm.create_model(name, pretrained=pretrained and not weights, num_classes=0)
-        if weights:
-            timm.models.load_checkpoint(vit, weights, filter_fn=convert_weights)
-    except NOT_A_CHECKPOINT as error:
-        raise UserError(f"--image_encoder {name} cannot be loaded from {weights or 'the hub'}: {error}\n"
-                        "Give a local file that fits with --image_weights FILE") from error
-    return vit
-
-
 def convert_weights(state, vit):
-    """A file's weights under timm's names (I-JEPA's `.pth.tar`, too), without the classifier."""
-    architecture = sys.modules[type(vit).__module__]
-    if hasattr(architecture, "checkpoint_filter_fn"):
-        state = architecture.checkpoint_filter_fn(state, vit)
-    heads = np.atleast_1d(vit.pretrained_cfg.get("classifier") or [])  # one name or several
-    prefixes = tuple(f"{head}." for head in heads)
-    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    """A file's weights under timm's names, without the classifier."""
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    state = convert(state, vit) if convert else state
+    return {key: value for key, value in state.items() if not key.startswith("head")}
 
 
 class TextEncoder(nn.Module):
-    """f_T: any Hugging Face encoder and its tokenizer, by name or local folder."""
+    """f_T: any Hugging Face encoder and its tokenizer, by name or local folder. Raises UserError if there is
+    none or any weight is missing: transformers would fill it at random."""
 
     def __init__(self, name, vocabulary=()):
         super().__init__()
-        self.tokenizer, self.bert = toy_bert(vocabulary) if name == "toy" else load_text_encoder(name)
+        with refusing(f"--text_encoder {name} cannot be loaded",
+                      "give the folder of a downloaded model with --text_encoder PATH"):
+            if name == "toy":
+                self.tokenizer, self.bert = toy_bert(vocabulary)
+            else:
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
+                # Some are stored in half precision, which X's float32 weights could not be multiplied with.
+                self.bert, info = AutoModel.from_pretrained(name, dtype=torch.float32,
+                                                            output_loading_info=True)
+                missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it works above s_T
+                if missing:
+                    raise ValueError(f"it lacks the weights {missing}")
+            if self.bert.config.is_encoder_decoder:
+                self.bert = self.bert.get_encoder()
+            self.dim = self.bert.config.hidden_size
         self.bert.requires_grad_(False).eval()
-        self.dim = self.bert.config.hidden_size
+        if self.tokenizer.pad_token is None:  # as GPT-2's
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self.tokenizer.padding_side = "right"  # so that a token's position does not depend on its batch-mates
         positions = getattr(self.bert.config, "max_position_embeddings", None)  # T5 has none, XLNet -1
         limits = MAX_TEXT_TOKENS, self.tokenizer.model_max_length, positions
@@ -209,41 +218,13 @@ class TextEncoder(nn.Module):
 
 def toy_bert(vocabulary):
     """A seeded, untrained 2-layer BERT and a tokenizer with one token for each word of `vocabulary`."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *vocabulary])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = BertTokenizer(words, strip_accents=False, tokenize_chinese_chars=False, mask_token=None)
     config = BertConfig(vocab_size=len(words), hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
                         intermediate_size=192, max_position_embeddings=64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        bert = BertModel(config, add_pooling_layer=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]",
-                                   cls_token="[CLS]", sep_token="[SEP]"), bert
-
-
-def load_text_encoder(name):
-    """A tokenizer and an encoder from the hub or a folder. Raises UserError if any weight is missing:
-    transformers would fill it at random."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        # Some are stored in half precision, which X's float32 weights could not be multiplied with.
-        model, info = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
-    except NOT_A_CHECKPOINT as error:
-        raise UserError(f"--text_encoder {name} cannot be loaded: {error}\nGive the folder of a downloaded "
-                        "model with --text_encoder PATH") from error
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it works above s_T
-    if missing:
-        raise UserError(f"--text_encoder {name} lacks the weights {missing}")
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    if not hasattr(model.config, "hidden_size"):
-        raise UserError(f"--text_encoder {name}: a {type(model).__name__} has no hidden_size")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer, model
+        return tokenizer, BertModel(config, add_pooling_layer=False)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -356,7 +337,7 @@ class Predictor(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Masks
+# Masks, regularisers, measures of collapse
 
 
 class Masks(NamedTuple):
@@ -382,10 +363,9 @@ def gather(tokens, index):
 def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), target_aspect=(0.75, 1.5),
                  context_area=(0.85, 1.0)):
     """I-JEPA's multi-block masks (paper section 3.2; masks/multiblock.py), a pure function of its arguments.
-    Areas are shares of the grid, aspects relative to it. Raises UserError for a grid of less than 6 x 6.
-
-    To make rectangular tensors, a batch has one block size, and its contexts are cut to the smallest: at
-    random, since a cut in raster order would always take the bottom rows."""
+    Areas are shares of the grid, aspects relative to it. To make rectangular tensors, a batch has one block
+    size, and its contexts are cut to the smallest: at random, since a cut in raster order would always take
+    the bottom rows. Raises UserError for a grid of less than 6 x 6."""
     rows, columns = grid
     if min(grid) < 6:
         raise UserError(f"a {rows} x {columns} patch grid is too small for block masks (at least 6 x 6): "
@@ -423,26 +403,21 @@ def block_size(grid, area, aspect, generator):
     return tuple(min(max(round(side * size), 1), size) for side, size in zip(sides, grid))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Regularisers, and measures of collapse
-
-
 def vicreg_term(context):
     """VICReg's variance and covariance terms (Bardes et al. 2022, sections 4.1 and 4.2, with its 25 : 1), of
     the mean patch of X's output [B, C, D] -> []"""
     z = context.float().mean(1)  # [B, D]
-    z = z - z.mean(0)
-    covariance = z.T @ z / max(1, len(z) - 1)  # [D, D]
+    covariance = z.T.cov()  # [D, D]
     variance = F.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
     off_diagonal = covariance - torch.diag(covariance.diagonal())
-    return variance + off_diagonal.square().sum() / z.shape[1] / 25
+    return variance + off_diagonal.square().sum() / len(covariance) / 25
 
 
 def sigreg_term(context, seed, step, directions=256, knots=17):
-    """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far its
-    projections on random unit directions, others at each step, are from a standard normal. That is Epps and
-    Pulley's statistic: B times the integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) over all t, phi being
-    the empirical characteristic function; trapezoids on [0, 3], twice, as the integrand is even."""
+    """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
+    on random directions, others at each step, are from a standard normal, by Epps and Pulley: B times the
+    integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) over all t, phi being the empirical characteristic
+    function; trapezoids on [0, 3], twice, as it is even."""
     z = context.float().mean(1)  # [B, D]
     a = F.normalize(torch.randn(z.shape[1], directions, generator=generator_of(seed, step)), dim=0)
     t = torch.linspace(0, 3, knots, device=z.device)
@@ -468,7 +443,7 @@ def effective_rank(features):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The whole
+# The whole, its checkpoints, its device
 
 
 class Output(NamedTuple):
@@ -522,46 +497,37 @@ class TIJEPA(nn.Module):
         return torch.autocast(self.device.type, dtype=self.dtype) if half else nullcontext()
 
     def frozen_image(self, images):
-        """f_I: images [B, 3, H, W] -> s_image [B, N, D_I]. Raises UserError for another H or W than f_I's."""
-        size = self.image_encoder.data_config["input_size"]
-        if images.shape[1:] != size:
-            raise UserError(f"images of {list(images.shape)}, where {self.config.image_encoder} takes "
-                            f"batches of {list(size)}: see data.image_transform")
+        """f_I: images [B, 3, H, W] -> s_image [B, N, D_I]"""
         with self.autocast():
             return self.image_encoder(images.to(self.device, non_blocking=True)).to(self.dtype)
 
     def frozen_text(self, texts):
-        """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]. Raises UserError for a lone string."""
-        if isinstance(texts, str):
-            raise UserError(f"texts must be a list of strings, not the string {texts[:60]!r}")
+        """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]"""
         with self.autocast():
             states, mask = self.text_encoder(texts)
         return states.to(self.dtype), mask
 
     def frozen(self, images, texts):
-        """images [B, 3, H, W], B strings -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L]"""
-        if not isinstance(texts, str) and len(images) != len(texts):
-            raise UserError(f"each picture takes a text: {len(images)} pictures, {len(texts)} texts")
+        """images [B, 3, H, W], B strings -> s_image, s_text, text_mask. Raises UserError for any others."""
+        size = self.image_encoder.data_config["input_size"]
+        if isinstance(texts, str) or len(texts) != len(images) or images.shape[1:] != size:
+            raise UserError(f"pictures {list(images.shape)} with {texts!r:.60}: {self.config.image_encoder} "
+                            f"takes B x {list(size)} (see data.image_transform) with a list of B strings")
         return self.frozen_image(images), *self.frozen_text(texts)
 
     def forward(self, s_image, s_text, text_mask, masks):
         """The trained half: the features of `frozen`, and masks -> Output. Gradients reach X and g."""
         with self.autocast():
             context = self.context_encoder(gather(s_image, masks.context), s_text, text_mask)  # X: [B, C, D]
-            target = self.target(s_image, s_text, text_mask, masks)  # X~: [B, M, P, D]
             prediction = self.predictor(context, masks)  # g: [B, M, P, D]
+            with torch.no_grad():
+                target = gather(s_image, masks.target.flatten(1))  # f_I's: fixed, blind to the caption
+                if self.config.target == "ema":  # each patch reads the caption alone, so these suffice
+                    target = self.target_encoder(target, s_text, text_mask)  # X~: [B, M * P, D]
+                target = F.layer_norm(target.float(), target.shape[-1:])  # without affine: I-JEPA's train.py
+                target = target.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
         patch_energy = self.patch_energy(prediction, target)  # [B, M, P]
         return Output(patch_energy.mean((1, 2)), patch_energy, target, prediction, context)
-
-    @torch.no_grad()
-    def target(self, s_image, s_text, text_mask, masks):
-        """X~'s tokens at masks.target, layer-normalised without affine (I-JEPA's train.py) -> [B, M, P, D].
-        With `target="image"` f_I's: fixed, so they cannot collapse, and blind to the caption."""
-        tokens = gather(s_image, masks.target.flatten(1))  # [B, M * P, D_I]
-        if self.config.target == "ema":  # each patch reads the caption on its own: the hidden ones suffice
-            tokens = self.target_encoder(tokens, s_text, text_mask)
-        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])  # [B, M * P, D]
-        return tokens.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
 
     def patch_energy(self, prediction, target):
         """Two tensors [B, M, P, D] -> [B, M, P]: the mean squared (or smooth L1) error, in float32."""
@@ -569,8 +535,7 @@ class TIJEPA(nn.Module):
 
     @torch.no_grad()
     def measure(self, s_image, s_text, text_mask, draw=0):
-        """`forward` with the same masks, the draw of that number, for all pairs: only then do their energies,
-        or a std over them, compare like with like."""
+        """`forward` with one draw of masks for all pairs, so that their energies are of the same patches."""
         return self(s_image, s_text, text_mask, sample_masks(self.grid, 1, seed=draw).to(self.device))
 
     def mean_energy(self, s_image, s_text, text_mask, draws):
@@ -600,12 +565,8 @@ class TIJEPA(nn.Module):
         """All that decides the features of the frozen encoders: {name: value}."""
         return {**self.image_encoder.fingerprint(), **self.text_encoder.fingerprint()}
 
-    def trained_state(self):
-        """State dicts of what training changes."""
-        return {name: getattr(self, name).state_dict() for name in TRAINED}
-
     def load_trained_state(self, state):
-        """Load the output of `trained_state`."""
+        """Load the state dicts of what training changes, {name: state}, as a checkpoint has them."""
         for name in TRAINED:
             getattr(self, name).load_state_dict(state[name])
 
@@ -613,45 +574,30 @@ class TIJEPA(nn.Module):
     def from_checkpoint(cls, path, image_weights="", text_encoder=""):
         """A file of pretrain.py -> (TIJEPA in eval mode, all in the file). f_I and f_T may lie elsewhere now.
         Raises UserError if they are not what X was trained on."""
-        checkpoint = read_checkpoint(path)
-        config = Config(**checkpoint["config"])
-        config.image_weights = image_weights or config.image_weights
-        config.text_encoder = text_encoder or config.text_encoder
-        net = cls(config)
-        differs = differences(checkpoint["encoders"], net.fingerprint())
-        if differs:
-            raise UserError(f"{path} was trained on other encoders: {differs}; give the same with "
-                            "--image_weights and --text_encoder")
-        with refuse_unless_whole(path):
+        with read_checkpoint(path) as checkpoint:
+            config = Config(**checkpoint["config"])
+            config.image_weights = image_weights or config.image_weights
+            config.text_encoder = text_encoder or config.text_encoder
+            net = cls(config)
+            differs = differences(checkpoint["encoders"], net.fingerprint())
+            if differs:
+                raise UserError(f"{path} was trained on other encoders: {differs}; give the same with "
+                                "--image_weights and --text_encoder")
             net.load_trained_state(checkpoint["model"])
         return net.eval(), checkpoint
 
 
 TRAINED = ("context_encoder", "target_encoder", "predictor")
-CHECKPOINT_KEYS = {"config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
-                   "seconds", "model", "optimizer", "scaler", "running", "log"}
+CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
+                   "seconds", "model", "optimizer", "scaler", "running", "log")
 
 
 @contextmanager
-def refuse_unless_whole(path):
-    """A block in which what fails becomes a UserError that the checkpoint is to blame for."""
-    try:
-        yield
-    except NOT_A_CHECKPOINT as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not a whole checkpoint of this version: {reason}; remove it, or name "
-                        "another folder") from error
-
-
 def read_checkpoint(path):
-    """A file of pretrain.py -> the dict in it, on the CPU. Raises UserError if it is not a whole one."""
-    with refuse_unless_whole(path):
+    """A block with what a file of pretrain.py holds, on the CPU. What fails in it is the file's UserError."""
+    with refusing(f"{path} is not a whole checkpoint of this version", "give another one, or another folder"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-        missing = CHECKPOINT_KEYS - checkpoint.keys()
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        Config(**checkpoint["config"])
-    return checkpoint
+        yield {key: checkpoint[key] for key in CHECKPOINT_KEYS}
 
 
 def differences(then, now):
@@ -660,42 +606,27 @@ def differences(then, now):
                      for key in now if key in then and then[key] != now[key])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Device and precision, the same for both scripts
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
 def pick_device(name="auto"):
     """"auto" (cuda, mps or cpu, the first there is) or torch's name. Raises UserError if it is not there, or
     for an NVIDIA GPU that torch cannot use: a CPU would take weeks."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        if name == "cpu" and (driver := nvidia_driver()):
-            raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the NVIDIA "
-                            f"GPU (driver {driver}): install a newer driver or an older torch, or run with "
-                            "--device cpu")
-    try:
+        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        name = next((kind for kind, backend in backends.items() if backend.is_available()), "cpu")
+        if name == "cpu":
+            query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+            driver = subprocess.getoutput(query).partition("\n")[0]  # a line for each GPU, or an error
+            if driver[:1].isdigit():
+                raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the "
+                                f"NVIDIA GPU (driver {driver}): install a newer driver or an older torch, "
+                                "or run with --device cpu")
+    with refusing(f"--device {name} cannot be had", "try --device auto"):
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be had ({reason}): try --device auto") from error
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)  # set_device takes no device without a number
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     return device
-
-
-def nvidia_driver():
-    """The version of the driver of this machine's NVIDIA GPU, or "" where there is none."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]  # a line for each GPU
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
-    except (OSError, subprocess.CalledProcessError):  # not installed; no driver or no GPU
-        return ""
 
 
 def pick_dtype(name, device):

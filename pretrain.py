@@ -259,11 +259,10 @@ def run_identity(args, net, items, cache):
 def resume(path, identity, net, optimizer, scaler, seconds):
     """Load the state of the run that `path` is of and add its seconds -> (step, log, start_share, running).
     Raises UserError if it is not whole, or of another run, naming what differs."""
-    saved = model.read_checkpoint(path)
-    differs = model.differences(saved["identity"], identity)
-    if differs:
-        raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
-    with model.refuse_unless_whole(path):
+    with model.read_checkpoint(path) as saved:
+        differs = model.differences(saved["identity"], identity)
+        if differs:
+            raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
         net.load_trained_state(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
@@ -350,8 +349,8 @@ def main(args):
             file = io.BytesIO()
             torch.save({**constant, "step": step, "start_share": start_share, "running": total,
                         "seconds": {**seconds, "pretrain": seconds["pretrain"] + time.time() - began},
-                        "log": log, "model": net.trained_state(), "scaler": scaler.state_dict(),
-                        "optimizer": optimizer.state_dict()}, file)
+                        "model": {name: getattr(net, name).state_dict() for name in model.TRAINED},
+                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "log": log}, file)
             data.atomic_write(path, file.getbuffer())
             write_log(path, log)
 
