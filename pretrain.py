@@ -47,7 +47,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -553,74 +553,65 @@ def evaluate(args):
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
 TOKENS = 24  # of a caption or a post, padded to the longest of its batch
+STEP = ("masks", "forward", "backward", "optimiser", "EMA")  # once a micro-batch, the last two once a step
 
 
-def median_seconds(device, parts, steps=100, most=30):
-    """Call these functions one after the other, so many times or so many seconds -> the median time of each,
-    in seconds; the first round warms up."""
-    rounds, begin = [], time.perf_counter()
-    while len(rounds) < 2 or len(rounds) <= steps and time.perf_counter() - begin < most:
-        times = [time.perf_counter()]
-        for part in parts:
-            part()
-            if device.type != "cpu":
-                getattr(torch, device.type).synchronize()
-            times.append(time.perf_counter())
-        rounds.append(np.diff(times))
-    return np.median(rounds[1:], axis=0).tolist()
-
-
-def time_parts(args, net, optimizer, B):
-    """The median seconds of each part of a training step, and of what the other stages repeat, on B images:
-    {part: seconds}; and the GFLOP of one image in f_I and in the trained half."""
-    device, scaler = net.device, torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
+def time_parts(args, net, B, rounds=100, limit=30):
+    """Repeat a training step on B images, and what other stages repeat, so many times or seconds, at least
+    twice -> {part: median seconds}, and the GFLOP of one image in f_I and in the trained half."""
+    device, optimizer, times = net.device, build_optimizer(net), defaultdict(list)
     forward = torch.compile(net, dynamic=True) if args.compile else net
-    f_I, N, trained = net.image_encoder, math.prod(net.grid), [p for p in net.parameters() if p.requires_grad]
-    images = torch.randn(data.ENCODE_BATCH, *f_I.data_config["input_size"])
-    s_image = torch.randn(B, N, f_I.dim).to(device, net.dtype)
-    s_text = torch.randn(B, TOKENS, net.text_encoder.dim).to(device, net.dtype)
+    N, D_I, D_T = math.prod(net.grid), net.image_encoder.dim, net.text_encoder.dim
+    images = torch.randn(data.ENCODE_BATCH, *net.image_encoder.data_config["input_size"])
+    s_image, s_text = (torch.randn(size).to(device, net.dtype) for size in ((B, N, D_I), (B, TOKENS, D_T)))
     features = s_image, s_text, torch.ones(B, TOKENS, device=device, dtype=torch.bool)
-    numbers, step = itertools.count(), {}  # the state of the step that is measured
+    few = s_image[:, :max(9, math.ceil(N / 16))]  # the patches of a step of fine-tuning
+    x, w = torch.randn(math.ceil(0.8 * args.posts), D_T + D_I), torch.randn(D_T + D_I, 6)  # training posts
 
-    def draw():  # other sizes each time
-        step["masks"] = model.sample_masks(net.grid, B, args.seed, next(numbers)).to(device)
+    @contextmanager
+    def timed(part):
+        start = time.perf_counter()
+        yield
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        times[part].append(time.perf_counter() - start)
 
-    def ahead():
-        step["loss"] = forward(*features, step["masks"]).energy.mean()
-
-    def update():
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        scaler.step(optimizer)
-        scaler.update()
+    begin = time.time()
+    for number in range(rounds + 1):
+        if number > 1 and time.time() - begin > limit:
+            break
+        with timed("masks"):  # other sizes each time
+            masks = model.sample_masks(net.grid, B, args.seed, number).to(device)
+        with timed("forward"):
+            loss = forward(*features, masks).energy.mean()
+        with timed("backward"):
+            loss.backward()
+        with timed("optimiser"):
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            optimizer.step()
+        with timed("EMA"):
+            net.update_target(0.996)
+        with timed("encode"):
+            net.frozen_image(images)
+        with timed("pool"), net.autocast():
+            net.target_encoder(*features).mean(1)
+        with timed("tune"), net.autocast():
+            net.context_encoder(few, *features[1:]).float().mean().backward()
+        with timed("probe"):
+            x.T @ x
+            for _ in range(90):  # about 30 passes over the features for each of 3 C
+                x.T @ (x @ w)
         optimizer.zero_grad(set_to_none=True)
-
-    def pool(encoder, patches):
-        with net.autocast():
-            return encoder(s_image[:, :patches], *features[1:]).float().mean()
-
-    parts = {"masks": draw, "forward": ahead, "backward": lambda: scaler.scale(step["loss"]).backward(),
-             "optimiser": update, "EMA": lambda: net.update_target(0.996)}
-    took = dict(zip(parts, median_seconds(device, parts.values())))
-    x = torch.randn(max(1, args.posts * 8 // 10), net.text_encoder.dim + f_I.dim)  # of the training posts
-    w = torch.randn(x.shape[1], 6)
-    others = {"encode": lambda: net.frozen_image(images), "score": lambda: pool(net.target_encoder, N),
-              "tune": lambda: pool(net.context_encoder, max(9, N // 16)).backward(),  # as finetune_mvsa.py
-              "probe": lambda: x.T @ x, "pass of a probe": lambda: x.T @ (x @ w)}
-    for part, work in others.items():
-        took[part], = median_seconds(device, [work], 10)
-    one, gflop = [tensor[:1] for tensor in features], []
-
-    def both_ways():  # the mean of ten draws of masks
+    counter, one = FlopCounterMode(display=False), [tensor[:1] for tensor in features]
+    with counter, sdpa_kernel(SDPBackend.MATH):  # this attention is counted on any device
+        net.frozen_image(images[:1])
+    frozen = counter.get_total_flops() / 1e9
+    with counter, sdpa_kernel(SDPBackend.MATH):
         for number in range(10):
             masks = model.sample_masks(net.grid, B, args.seed, number).to(device)
             net(*one, model.Masks(*(index[:1] for index in masks))).energy.mean().backward()
-
-    for work, images_of in ((lambda: net.frozen_image(images[:1]), 1), (both_ways, 10)):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted anywhere
-            work()
-        gflop.append(counter.get_total_flops() / images_of / 1e9)
-    return took, gflop
+    trained = counter.get_total_flops() / 10 / 1e9
+    return {part: float(np.median(found[1:])) for part, found in times.items()}, frozen, trained
 
 
 def bench(args):
@@ -633,59 +624,53 @@ def bench(args):
     if steps < 1 or args.text_encoder:
         raise UserError("--bench takes the preset's f_T, and more images than --held_out and a --batch_size")
     device, config = model.pick_device(args.device), make_config(args, [])
-    f_T = torch.nn.Module()
+    f_I, f_T = model.ImageEncoder(config.image_encoder, pretrained=False), torch.nn.Module()  # f_T: sizes only
     f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]
-    f_I = model.ImageEncoder(config.image_encoder, pretrained=False)
     net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype)
-    optimizer = build_optimizer(net)
-    N, trained = math.prod(net.grid), sum(p.numel() for p in net.parameters() if p.requires_grad)
-    for accumulate in range(args.accumulate, args.batch_size + 1):
-        B, rest = divmod(args.batch_size, accumulate)
-        if rest:
-            continue
+    fits = [n for n in range(args.accumulate, args.batch_size + 1) if args.batch_size % n == 0]
+    for accumulate in fits:
+        B = args.batch_size // accumulate
         try:
-            took, gflop = time_parts(args, net, optimizer, B)
+            took, frozen, trained = time_parts(args, net, B)
             break
         except torch.OutOfMemoryError:
             print(f"--accumulate {accumulate}: {B} images at a time do not fit the memory")
     else:
         raise UserError("not even one image at a time fits the memory: take a smaller preset")
-    whole = sum(took[part] * accumulate for part in ("masks", "forward", "backward"))
-    whole += took["optimiser"] + took["EMA"]
+    step = accumulate * sum(took[part] for part in STEP[:3]) + sum(took[part] for part in STEP[3:])
+    image = took["encode"] / data.ENCODE_BATCH  # seconds to encode one; f_T, not built, at f_I's rate:
+    caption = image * 2e-9 * f_T_weights * TOKENS / frozen
+    pool, tune = took["pool"] / B, took["tune"] / B + took["optimiser"] / 32  # seconds for a post
+    widths = 3 + 6 * config.dim / (f_T.dim + f_I.dim)  # of all rows' features, in those of both encoders
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    card = ""
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    image = took["encode"] / data.ENCODE_BATCH  # seconds for one image
-    report = {f"{part}, ms for {B} images": 1000 * took[part]
-              for part in ("masks", "forward", "backward", "optimiser", "EMA")}
-    report.update({
-        f"step of {args.batch_size} images, --accumulate {accumulate}, ms": 1000 * whole,
-        "training, images/s": args.batch_size / whole, "encode by f_I, images/s": 1 / image,
-        "f_I, GFLOP per image": gflop[0], "trained half, GFLOP per image": gflop[1],
-        "what the cache saves, by FLOPs": sum(gflop) / gflop[1],
-        "trained weights, million": trained / 1e6, "peak memory, GB": memory / 1e9})
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for card, peak in PEAK_TFLOPS.items():
-        if card in name:
-            report[f"MFU on {name}, %"] = 0.1 * gflop[1] * args.batch_size / whole / peak
-    caption = image * 2e-9 * f_T_weights * TOKENS / gflop[0]  # f_T at f_I's rate: it is not built
-    energies = held_out ** 2 * args.eval_masks
-    # 5 seeds, 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
-    tuning = 5 * 3 * 5 * posts * (0.8 * (took["tune"] / B + took["optimiser"] / 32) + 0.1 * took["score"] / B)
-    # 5 seeds of rows of these widths in all, about 30 passes over the features for each of 3 C
-    widths = 3 + 6 * config.dim / (f_T.dim + f_I.dim)
-    probes = 5 * widths * (took["probe"] + 90 * took["pass of a probe"])
+        memory, card = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
     weights = sum(p.numel() for p in f_I.parameters()) + f_T_weights
+    numbers = ((pairs + posts) * math.prod(net.grid) * f_I.dim + (5 * pairs + posts) * TOKENS * f_T.dim)
+    report = {f"{part}, ms for {B} images": 1000 * took[part] for part in STEP}
     report.update({
+        f"step of {args.batch_size} images, --accumulate {accumulate}, ms": 1000 * step,
+        "training, images/s": args.batch_size / step,
+        "encode by f_I, images/s": 1 / image,
+        "f_I, GFLOP per image": frozen,
+        "trained half, GFLOP per image": trained,
+        "what the cache saves, by FLOPs": (frozen + trained) / trained,
+        **{f"MFU on {card}, %": 0.1 * trained * args.batch_size / step / peak
+           for name, peak in PEAK_TFLOPS.items() if name in card},
+        "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
+        "peak memory, GB": memory / 1e9,
         "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * weights,
-        "disk for the features, GB": 2e-9 * ((pairs + posts) * N * f_I.dim
-                                             + (5 * pairs + posts) * TOKENS * f_T.dim),
+        "disk for the features, GB": 2e-9 * numbers,
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
-        f"minutes to pretrain, {steps} steps": steps * whole / 60,
-        f"minutes for {energies} energies": energies * took["forward"] / B / 60,
+        f"minutes to pretrain, {steps} steps": steps * step / 60,
+        f"minutes for {held_out ** 2 * args.eval_masks} energies":
+            held_out ** 2 * args.eval_masks * took["forward"] / B / 60,
         f"minutes to encode {posts} posts": posts * (image + caption) / 60,
-        "minutes to pool them, 9 encoders": 9 * posts * took["score"] / B / 60,
-        "minutes of probes, 5 seeds": probes / 60, "minutes of fine-tuning, 5 seeds": tuning / 60})
+        "minutes to pool them, 9 encoders": 9 * posts * pool / 60,
+        "minutes of probes, 5 seeds": 5 * widths * took["probe"] / 60,
+        # 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
+        "minutes of fine-tuning, 5 seeds": 5 * 3 * 5 * posts * (0.8 * tune + 0.1 * pool) / 60})
     for what, value in report.items():
         print(f"{what:44}{value:10.4g}")
 
