@@ -48,7 +48,7 @@ import sys
 import textwrap
 import time
 from collections import Counter, defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -164,15 +164,15 @@ def warmup_cosine(step, total, warmup, start, peak, final):
 
 def make_config(args, items):
     """The model's Config by the arguments. Only the toy text encoder needs the captions: for their words."""
-    def absolute(path):  # the checkpoint may be used from another folder
-        return os.path.realpath(path) if path != "toy" and os.path.exists(path) else path
-
-    preset = model.PRESETS[args.preset]
-    text_encoder = absolute(args.text_encoder or preset.text_encoder)
-    texts = [text for _, captions in items for text in captions] if text_encoder == "toy" else []
-    return replace(preset, image_encoder=args.image_encoder, image_weights=absolute(args.image_weights),
-                   text_encoder=text_encoder, loss=args.loss, target=args.target,
-                   vocabulary=sorted(set(" ".join(texts).lower().split())))
+    preset, words = model.PRESETS[args.preset], set()
+    f_T = args.text_encoder or preset.text_encoder
+    if f_T == "toy":
+        words.update(word for _, captions in items for text in captions for word in text.lower().split())
+    elif os.path.isdir(f_T):
+        f_T = os.path.realpath(f_T)  # the checkpoint may be used from another folder
+    weights = args.image_weights and os.path.realpath(args.image_weights)
+    return replace(preset, image_encoder=args.image_encoder, image_weights=weights, text_encoder=f_T,
+                   loss=args.loss, target=args.target, vocabulary=sorted(words))
 
 
 def write_log(path, log):
@@ -198,10 +198,12 @@ def catch_signals():
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, note))  # at the end as before
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
         yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def join_processes(args):
@@ -279,17 +281,12 @@ def resume(path, identity, net, optimizer, scaler, seconds):
 # The loop
 
 
-def check_finite(step, *values):
-    """Raise FloatingPointError if one of these is not finite, before anything is overwritten."""
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"the loss is not finite by step {step}; lower --lr or --clip")
-
-
 def main(args):
-    """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it."""
+    """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it. Raises FloatingPointError
+    before a checkpoint is overwritten by what is not finite."""
     # -- processes: with torchrun, this one trains on its share of each batch
-    rank, world, device = join_processes(args)
-    parts = split_batch(args, rank, world)
+    rank, world_size, device = join_processes(args)
+    micro_batches = split_batch(args, rank, world_size)
 
     # -- data: the features of every readable picture and caption, from the cache
     path, coco = Path(args.out) / "checkpoint.pt", args.coco or "data/coco"
@@ -310,25 +307,25 @@ def main(args):
         """(images, captions) of each micro-batch of this process: a function of the seed and the step."""
         for step in range(first_step, steps):
             epoch, batch = divmod(step, steps_per_epoch)
-            if batch == 0 or step == first_step:
-                images, captions = data.epoch_order(cache, train_images, args.seed, epoch)
-                captions = np.roll(captions, 1) if args.shuffle_captions else captions
-            rows = slice(batch * args.batch_size, (batch + 1) * args.batch_size)
-            for part in parts:
-                yield images[rows][part], captions[rows][part]
+            images, captions = data.epoch_order(cache, train_images, args.seed, epoch)
+            if args.shuffle_captions:
+                captions = np.roll(captions, 1)
+            first = batch * args.batch_size
+            for rows in micro_batches:
+                yield images[first:][rows], captions[first:][rows]
 
     # -- optimiser, and the identity of the run
     optimizer = build_optimizer(net)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=net.dtype == torch.float16)
     ddp = torch.compile(net, dynamic=True) if args.compile else net  # masks and captions differ in length
-    ddp = DistributedDataParallel(ddp, broadcast_buffers=False) if world > 1 else ddp
+    ddp = DistributedDataParallel(ddp, broadcast_buffers=False) if world_size > 1 else ddp
     constant = {"config": asdict(net.config), "encoders": cache.encoders, "skipped": dict(+skipped),
                 "identity": run_identity(args, net, items, cache), "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
     print(f"pretrain: preset {args.preset}, {len(train_images)} images of {coco} to train on, "
           f"{len(held_out)} held out (skipped: {data.describe(skipped)}), {device}, {net.dtype}, "
-          f"{world} process{'es' * (world > 1)}, {sum(p.numel() for p in trained):,} trained weights")
+          f"{world_size} process{'es' * (world_size > 1)}, {sum(p.numel() for p in trained):,} trained weights")
     held_features = next(cache.batches([(held_out, cache.first[held_out])]))  # each with its first caption
 
     # -- the state of the run: from the start, or from its checkpoint
@@ -340,12 +337,11 @@ def main(args):
         first_step, log, start_share, running = resume(path, constant["identity"], net, optimizer, scaler,
                                                        seconds)
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
-    running = running.to(device) / world  # each process has a share; all_reduce sums them
+    running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
     def save(step):
         """Write all that the rest of the run depends on: its data and masks are functions of the step."""
         total = all_reduce(running)
-        check_finite(step, *total.tolist())
         if rank == 0:
             file = io.BytesIO()
             torch.save({**constant, "step": step, "start_share": start_share, "running": total,
@@ -355,18 +351,11 @@ def main(args):
             data.atomic_write(path, file.getbuffer())
             write_log(path, log)
 
-    began = time.time()
+    began = line_time = time.time()
+    waited = Counter()
     with catch_signals() as signals:
         batches = cache.batches(draws(first_step))
-        clock, clock_step, waited = time.time(), first_step, Counter()
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
-            stop = all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX).item()
-            if stop:
-                check_finite(step, held_out_metrics(net, held_features)["energy_matched"])
-                save(step)
-                print(f"pretrain: stopped after step {step} of {steps}; --resume continues from there")
-                return 128 + stop
-
             # -- schedules and masks of this step
             lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
             wd = cosine(step, steps, args.start_wd, args.final_wd)
@@ -376,14 +365,14 @@ def main(args):
             masks = model.sample_masks(net.grid, args.batch_size, args.seed, step).to(device)
 
             # -- forward and backward, micro-batch by micro-batch
-            for part in parts:
+            for rows in micro_batches:
                 with data.timed(waited, "data"):
                     s_image, s_text, text_mask = next(batches)  # [B, N, D_I], [B, L, D_T], [B, L]
-                ddp.require_backward_grad_sync = part == parts[-1]  # DDP averages gradients once a step
-                out = ddp(s_image, s_text, text_mask, model.Masks(*(index[part] for index in masks)))
+                ddp.require_backward_grad_sync = rows == micro_batches[-1]  # averages gradients once a step
+                out = ddp(s_image, s_text, text_mask, model.Masks(*(index[rows] for index in masks)))
                 loss = objective(out, args, step) / args.accumulate
                 scaler.scale(loss).backward()
-                running[0] += loss.detach() / world
+                running[0] += loss.detach() / world_size
 
             # -- optimiser, then X~ <- m X~ + (1 - m) X
             scaler.unscale_(optimizer)
@@ -394,33 +383,43 @@ def main(args):
             net.update_target(momentum)
             start_share *= momentum
             if scaler.is_enabled():
-                running[1] += (~grad_norm.isfinite()) / world  # the same norm in all processes
+                running[1] += (~grad_norm.isfinite()) / world_size  # the same norm in all processes
 
-            # -- log line, and the first time in an epoch a checkpoint
+            # -- now and then a log line; the first time in an epoch, and when stopped, a checkpoint
             done = step + 1
-            if done % args.log_every == 0 or done == steps:
-                loss, overflows = all_reduce(running).tolist()  # waits for the device
-                elapsed = time.time() - clock
-                last = log[-1]["step"] if log else 0  # a resumed run may begin between two lines
-                metrics = held_out_metrics(net, held_features)
-                check_finite(done, loss, metrics["energy_matched"])
+            stop = all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX).item()
+            log_now = done % args.log_every == 0 or done == steps
+            if not log_now and not stop:
+                continue
+            loss, overflows = all_reduce(running).tolist()  # waits for the device
+            elapsed = time.time() - line_time
+            metrics = held_out_metrics(net, held_features)
+            if not math.isfinite(loss + metrics["energy_matched"]):
+                raise FloatingPointError(f"the loss is not finite by step {done}; lower --lr or --clip")
+            last = log[-1]["step"] if log else 0
+            if log_now:
                 line = dict(step=done, epoch=done / steps_per_epoch, loss=loss / (done - last), lr=lr, wd=wd,
                             momentum=momentum, start_share=start_share, grad_norm=grad_norm.item(),
-                            skipped_steps=round(overflows),
-                            images_per_s=(done - clock_step) * args.batch_size / elapsed,
+                            skipped_steps=round(overflows),  # a resumed run may begin between two lines:
+                            images_per_s=(done - max(last, first_step)) * args.batch_size / elapsed,
                             data_wait=waited["data"] / elapsed, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-                running[0], clock, clock_step, waited = 0, time.time(), done, Counter()
-                if done // steps_per_epoch > last // steps_per_epoch:
-                    save(done)
+                running[0] = 0
+                line_time = time.time()
+                waited.clear()
+            if stop or done // steps_per_epoch > last // steps_per_epoch:
+                save(done)
+            if stop and done < steps:
+                print(f"pretrain: stopped after step {done} of {steps}; --resume continues from there")
+                return 128 + stop
     if rank == 0:
         write_log(path, log)  # after a kill it may lack the last line of the checkpoint
         plot_curves(log, path.with_name("curves.png"))
-    print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
-    if rank == 0 and start_share > 0.05:
-        print(f"warning: {start_share:.0%} of X~ is still its random start: its features are worth "
-              "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
+        print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
+        if start_share > 0.05:
+            print(f"warning: {start_share:.0%} of X~ is still its random start: its features are worth "
+                  "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
     return 0
 
 
@@ -495,11 +494,10 @@ def rank_captions(args, net, log):
     features = s_image, *net.frozen_text(args.captions)
     energies = net.mean_energy(*features, args.eval_masks)
     lines = [f"{energy:.4f}  {caption}" for energy, caption in zip(energies.tolist(), args.captions)]
-    order = energies.argsort().tolist()
-    unknown = net.text_encoder.tokenizer.unk_token_id
+    order, tokenizer = energies.argsort().tolist(), net.text_encoder.tokenizer
     for i in order:
         tokens = net.text_encoder.tokenize([args.captions[i]], add_special_tokens=False)["input_ids"][0]
-        mostly_unknown = 2 * tokens.count(unknown) > len(tokens)
+        mostly_unknown = 2 * tokens.count(tokenizer.unk_token_id) > len(tokens)
         print(lines[i] + "  (f_T does not know most of its words)" * mostly_unknown)
     if log:
         accuracy = log[-1]["pair_accuracy"]
@@ -507,16 +505,16 @@ def rank_captions(args, net, log):
               + "; these energies mean little" * (accuracy < 0.6))
     if len(order) > 1:
         ends = [order[0], order[-1]]
-        maps = energy_maps(net, *(feature[ends] for feature in features))
         path = Path(args.out) / f"maps_{Path(args.image).stem}.png"
-        plot_maps([picture], net.grid, maps[None], [[lines[i] for i in ends]], path)
+        plot_maps(net, [picture], [feature[ends] for feature in features], [lines[i] for i in ends], path)
 
 
 def evaluate(args):
     """The --eval command: measure exactly the images that the checkpoint held out, print and write it."""
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
     net.place(model.pick_device(args.device), args.dtype)
-    Path(args.out).mkdir(parents=True, exist_ok=True)  # without its lock: a run may be evaluated as it trains
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)  # without its lock: a run may be evaluated as it trains
     if args.image:
         return rank_captions(args, net, checkpoint["log"])
     held_out, found, coco = checkpoint["held_out"], {}, args.coco or checkpoint["coco"]
@@ -534,15 +532,13 @@ def evaluate(args):
         energies = energy_matrix(net, features, args.eval_masks)
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
-    folder = Path(args.out)
-    pictures = [data.read_image(items[i][0]) for i in cache.readable[:4]]
-    captions = [items[i][1][0] for i in cache.readable[:4]]
-    s_image, s_text, text_mask = (tensor[:len(pictures)] for tensor in features)
-    maps = [energy_maps(net, s_image, s_text.roll(k, 0), text_mask.roll(k, 0)) for k in (0, 1)]
-    titles = [(captions[i], captions[i - 1]) for i in range(len(pictures))]
-    plot_maps(pictures, net.grid, torch.stack(maps, 1), titles, folder / "maps.png")
     plot_energies(energies, folder / "energies.png")
+    pictures, captions = zip(*[(data.read_image(items[i][0]), items[i][1][0]) for i in cache.readable[:4]])
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
+    image = np.arange(len(pictures)).repeat(2)  # each with its own caption, then with another's
+    text = image - np.arange(len(image)) % 2
+    chosen = [feature[:len(pictures)][index] for feature, index in zip(features, (image, text, text))]
+    plot_maps(net, pictures, chosen, [captions[i] for i in text], folder / "maps.png")
     # The last file: when it is there, all are.
     data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"], "seconds": seconds})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -680,21 +676,17 @@ def bench(args):
 
 
 def plot_curves(log, path):
-    """The log lines -> a picture of the numbers against the step."""
-    panels = {"training loss, held-out energies": ("loss", "energy_matched", "energy_mismatched",
-                                                   "energy_position"),
-              "pair accuracy (grey: chance)": ("pair_accuracy",),
-              "std over held-out images": ("target_std", "prediction_std"),
-              "effective rank of the targets": ("target_rank",)}
-    figure = Figure((4 * len(panels), 3.2), layout="tight")
-    axes = figure.subplots(1, len(panels))
-    columns = {name: np.array([line[name] for line in log], float) for name in log[0]}  # null: nan, a gap
-    for axis, (title, names) in zip(axes, panels.items()):
-        for name in names:
-            axis.plot("step", name, data=columns, marker=".")
+    """The log lines -> a picture of the numbers against the step; null is a gap."""
+    panels = {"training loss, held-out energies": "loss energy_matched energy_mismatched energy_position",
+              "pair accuracy (chance: 0.5)": "pair_accuracy",
+              "std over held-out images": "target_std prediction_std",
+              "effective rank of the targets": "target_rank"}
+    figure = Figure((16, 3.2), layout="tight")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name in names.split():
+            axis.plot([line["step"] for line in log], [line[name] for line in log], marker=".", label=name)
         axis.set(xlabel="optimiser step", title=title)
         axis.legend()
-    axes[1].axhline(0.5, color="grey", linewidth=0.8)  # chance
     figure.savefig(path, dpi=100)
 
 
@@ -704,7 +696,7 @@ def plot_energies(energies, path):
     axis = figure.subplots()
     own, other = energies.diagonal(), energies[~torch.eye(len(energies), dtype=torch.bool)]
     axis.hist((own.numpy(), other.numpy()), 40, density=True, histtype="stepfilled", alpha=0.6,
-              label=(f"matched ({len(own)})", f"mismatched ({len(other)})"))
+              label=("matched", "mismatched"))
     axis.set(xlabel="energy", ylabel="density of pairs", title="held-out images and captions")
     axis.legend()
     figure.savefig(path, dpi=100)
@@ -737,18 +729,19 @@ def plot_masks(pictures, captions, grid, path):
     figure.savefig(path, dpi=100)
 
 
-def plot_maps(pictures, grid, maps, titles, path):
-    """R PIL images, maps [R, 2, N] and R pairs of titles -> the energy of each patch with either caption, and
-    by how much that with the second is higher."""
+def plot_maps(net, pictures, features, titles, path):
+    """R PIL images, with features and titles of two pairs of each -> the energy of each patch in either pair,
+    and by how much that of the second is higher."""
+    maps = energy_maps(net, *features).unflatten(-1, net.grid).unflatten(0, (-1, 2)).numpy()
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
-    for axes, picture, pair, captions in zip(rows, pictures, maps.unflatten(-1, grid).numpy(), titles):
-        show(axes[0], picture, "picture", grid)
+    for axes, picture, pair, captions in zip(rows, pictures, maps, np.reshape(titles, (-1, 2))):
+        show(axes[0], picture, "picture", net.grid)
         for axis, energies, caption in zip(axes[1:], pair, captions):
-            show(axis, energies, caption, grid, vmin=0, vmax=pair.max())
+            show(axis, energies, caption, net.grid, vmin=0, vmax=pair.max())
         gap = pair[1] - pair[0]
         most = abs(gap).max()
-        show(axes[3], gap, "second minus first", grid, cmap="coolwarm", vmin=-most, vmax=most)
+        show(axes[3], gap, "second minus first", net.grid, cmap="coolwarm", vmin=-most, vmax=most)
     figure.suptitle("energy of each patch, given the caption above it")
     figure.savefig(path, dpi=100)
 
