@@ -5,8 +5,8 @@
     python pretrain.py --eval out/toy/checkpoint.pt
     python pretrain.py --eval out/toy/checkpoint.pt --image a.jpg --captions "red bars ..." "navy tiles ..."
 
-The first writes OUT/checkpoint.pt (all that --resume needs to end as a run without the break) and its log,
-OUT/log.jsonl: a line of numbers each --log_every steps, printed as they come. Of the training:
+The first writes OUT/checkpoint.pt, all that --resume needs to end as a run without the break, and its log,
+OUT/log.jsonl: a line each --log_every steps, printed as they come. Of the training:
 
     step, epoch        optimiser steps and passes over the images done
     loss               mean of the loss since the last line; no evidence: it also falls in a collapse
@@ -14,8 +14,7 @@ OUT/log.jsonl: a line of numbers each --log_every steps, printed as they come. O
     start_share        share of its random start that is still in X~: the product of all momenta so far
     grad_norm          norm of all gradients of this step before clipping; null if it is not finite
     skipped_steps      steps so far that the GradScaler skipped, as their gradients overflowed float16
-    images_per_s       images trained on per second since the last line
-    data_wait          share of that time spent waiting for features
+    images_per_s, data_wait   images trained on per second, and share of time spent waiting for features
 
 and of the held-out images, with the same masks each time (these are the evidence):
 
@@ -24,8 +23,7 @@ and of the held-out images, with the same masks each time (these are the evidenc
     pair_accuracy      share of images whose own caption has the lower energy of the two: 0.5 is chance
     energy_position    the energy of predicting the other images' mean target at each position: an energy as
                        high means that neither the visible patches nor the caption is of use
-    target_std         mean std of the targets over the images: at most about 1; 0 is collapse
-    prediction_std     the same of the predictions
+    target_std, prediction_std   mean std of each over the images: at most about 1; 0 is collapse
     target_rank        effective rank of the images' mean targets: near 1 is dimensional collapse
 
 With --target image the targets are fixed: there a collapse shows in prediction_std and in the gap. --eval
@@ -37,6 +35,7 @@ with every held-out caption over several masks, eval.json (what is not named her
     recall@1, @5       share of images whose own caption is the one, or among the five, of lowest energy
 """
 import argparse
+import atexit
 import io
 import itertools
 import json
@@ -71,9 +70,8 @@ PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, worker
 PRESETS = {
     # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images): about
     # exp(-(1 - momentum) * steps / 2), as the momentum rises to 1
-    "toy": dict(epochs=40, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=124,
-                momentum=0.994, posts=3000),
-    "tiny": dict(epochs=30, batch_size=16, accumulate=1, max_images=0, workers=2, log_every=168),
+    "toy": dict(epochs=40, batch_size=32, log_every=124, momentum=0.994, posts=3000),
+    "tiny": dict(epochs=30, batch_size=16, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
 # Options that --resume may find changed: they change at most rounding, or their contents are compared
@@ -102,10 +100,10 @@ def parse_args(argv=None):
     add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
     add("--shuffle_captions", action="store_true", help="control: train with other images' captions")
     add("--epochs", **number(int, 1), help="passes over the images")
-    add("--max_images", **number(int, 0), help="use the first so many images (0: all)")
+    add("--max_images", **number(int, 0), default=0, help="use the first so many images (0: all)")
     add("--held_out", **number(int, 0), default=0, help="images to measure on (0: a tenth, at most 100)")
     add("--batch_size", **number(int, 1), help="images per optimiser step")
-    add("--accumulate", **number(int, 1), help="micro-batches of each process: same result, less memory")
+    add("--accumulate", **number(int, 1), default=1, help="micro-batches of each process: less memory")
     add("--start_lr", **number(float, 0), default=2e-4, help="learning rate at the start of the warm-up")
     add("--lr", **number(float, "above 0"), default=1e-3, help="learning rate at its end")
     add("--final_lr", **number(float, 0), default=1e-6, help="learning rate at the last step")
@@ -118,7 +116,7 @@ def parse_args(argv=None):
     add("--seed", **number(int, 0, 2 ** 31 - 1), default=0, help="of weights, order, captions and masks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
-    add("--workers", **number(int, 1), help="threads that read and decode images")
+    add("--workers", **number(int, 1), default=2, help="threads that read and decode images")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
     add("--compile", action="store_true", help="torch.compile the trained half (for CUDA)")
     add("--log_every", **number(int, 1), help="steps between log lines; the first of an epoch also saves")
@@ -142,16 +140,16 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the loop needs: first the schedules, functions of the step from 0 to total - 1
+# What the loop needs: first the schedules, from `start` at step 0 to `final` at the last step, total - 1
 
 
 def linear(step, total, start, final):
-    """From `start` at step 0 to `final` at the last step, in a straight line."""
+    """In a straight line."""
     return start + (final - start) * step / max(1, total - 1)
 
 
 def cosine(step, total, start, final):
-    """From `start` at step 0 to `final` at the last step, on half a cosine."""
+    """On half a cosine."""
     return final + (start - final) * 0.5 * (1 + math.cos(math.pi * step / max(1, total - 1)))
 
 
@@ -190,30 +188,29 @@ def build_optimizer(net):
 
 @contextmanager
 def catch_signals():
-    """Inside, Ctrl-C and SIGTERM only append their number to the list that this yields, for the loop to see
-    after its step; a second Ctrl-C ends the process at once."""
-    signals = []
+    """Inside, Ctrl-C and SIGTERM are only noted in a list, for the loop; a second Ctrl-C ends the process."""
+    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def note(number, frame):
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = [signal.signal(number, note) for number in numbers]
     try:
         yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
 def join_processes(args):
-    """(rank, world size, device) of this process. torchrun starts one for each GPU, or all on the one that
-    --device numbers; without it, whatever variables other launchers set, there is only this one."""
-    if not dist.is_torchelastic_launched():
+    """(rank, world size, device) of this process: one for each GPU, or all on what --device names."""
+    if not dist.is_torchelastic_launched():  # not by torchrun, whatever variables other launchers set
         return 0, 1, model.pick_device(args.device)
     own_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
     device = model.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else args.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
+    atexit.register(dist.destroy_process_group)
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # one process prints
     return dist.get_rank(), dist.get_world_size(), device
@@ -227,27 +224,16 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
     return value
 
 
-def split_batch(args, rank, world):
-    """The parts of a batch that this process takes, a slice for each forward pass. Raises UserError if they
-    cannot be equal, or a regulariser would see only a part."""
-    micro, rest = divmod(args.batch_size, args.accumulate * world)
+def split_batch(args, rank, world_size):
+    """The slices of a batch that this process takes, one a forward pass, all equal. Raises UserError."""
+    micro, rest = divmod(args.batch_size, args.accumulate * world_size)
     if rest:
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
-                        f"({args.accumulate} x {world})")
-    if (args.vicreg or args.sigreg) and micro < args.batch_size:
+                        f"({args.accumulate} x {world_size})")
+    if (args.vicreg or args.sigreg) and micro < args.batch_size:  # they would see only a part
         raise UserError("--vicreg and --sigreg need the whole batch: one process and --accumulate 1")
-    first = rank * args.accumulate * micro
-    return [slice(start, start + micro) for start in range(first, first + args.accumulate * micro, micro)]
-
-
-def objective(out, args, step):
-    """A forward pass -> []: its mean energy, plus the regularisers of X's output that were asked for."""
-    loss = out.energy.mean()
-    if args.vicreg:
-        loss = loss + args.vicreg * model.vicreg_term(out.context)
-    if args.sigreg:
-        loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
-    return loss
+    first = rank * args.accumulate
+    return [slice(n * micro, (n + 1) * micro) for n in range(first, first + args.accumulate)]
 
 
 def run_identity(args, net, items, cache):
@@ -259,8 +245,7 @@ def run_identity(args, net, items, cache):
 
 
 def resume(path, identity, net, optimizer, scaler, seconds):
-    """Load the state of the run that `path` is of and add its seconds -> (step, log, start_share, running).
-    Raises UserError if it is not whole, or of another run, naming what differs."""
+    """Load the run that `path` is of -> (step, log, start_share, running). UserError names what differs."""
     saved = model.read_checkpoint(path)
     differs = model.differences(saved["identity"], identity)
     if differs:
@@ -277,13 +262,8 @@ def resume(path, identity, net, optimizer, scaler, seconds):
         return int(saved["step"]), log, float(saved["start_share"]), saved["running"].reshape(2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop
-
-
 def main(args):
-    """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it. Raises FloatingPointError
-    before a checkpoint is overwritten by what is not finite."""
+    """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it."""
     # -- processes: with torchrun, this one trains on its share of each batch
     rank, world_size, device = join_processes(args)
     micro_batches = split_batch(args, rank, world_size)
@@ -303,16 +283,13 @@ def main(args):
     if not steps:
         raise UserError(f"--batch_size {args.batch_size} is above the {len(train_images)} images to train on")
 
-    def draws(first_step):
-        """(images, captions) of each micro-batch of this process: a function of the seed and the step."""
-        for step in range(first_step, steps):
-            epoch, batch = divmod(step, steps_per_epoch)
-            images, captions = data.epoch_order(cache, train_images, args.seed, epoch)
-            if args.shuffle_captions:
-                captions = np.roll(captions, 1)
-            first = batch * args.batch_size
-            for rows in micro_batches:
-                yield images[first:][rows], captions[first:][rows]
+    def draw(step, rows):
+        """(images, captions) of a micro-batch: a pure function, so that resuming needs no state of the data."""
+        images, captions = data.epoch_order(cache, train_images, args.seed, step // steps_per_epoch)
+        if args.shuffle_captions:
+            captions = np.roll(captions, 1)
+        first = step % steps_per_epoch * args.batch_size
+        return images[first:][rows], captions[first:][rows]
 
     # -- optimiser, and the identity of the run
     optimizer = build_optimizer(net)
@@ -320,12 +297,13 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=net.dtype == torch.float16)
     ddp = torch.compile(net, dynamic=True) if args.compile else net  # masks and captions differ in length
     ddp = DistributedDataParallel(ddp, broadcast_buffers=False) if world_size > 1 else ddp
+    identity = run_identity(args, net, items, cache)
     constant = {"config": asdict(net.config), "encoders": cache.encoders, "skipped": dict(+skipped),
-                "identity": run_identity(args, net, items, cache), "coco": str(Path(coco).resolve()),
+                "identity": identity, "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
     print(f"pretrain: preset {args.preset}, {len(train_images)} images of {coco} to train on, "
           f"{len(held_out)} held out (skipped: {data.describe(skipped)}), {device}, {net.dtype}, "
-          f"{world_size} process{'es' * (world_size > 1)}, {sum(p.numel() for p in trained):,} trained weights")
+          f"{world_size} process{'es' * (world_size > 1)}, {sum(map(torch.numel, trained)):,} trained weights")
     held_features = next(cache.batches([(held_out, cache.first[held_out])]))  # each with its first caption
 
     # -- the state of the run: from the start, or from its checkpoint
@@ -334,8 +312,7 @@ def main(args):
     if path.exists() and not args.resume:
         print(f"pretrain: begins anew and will replace {path}; --resume would continue it")
     elif path.exists():
-        first_step, log, start_share, running = resume(path, constant["identity"], net, optimizer, scaler,
-                                                       seconds)
+        first_step, log, start_share, running = resume(path, identity, net, optimizer, scaler, seconds)
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
     running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
@@ -354,7 +331,7 @@ def main(args):
     began = line_time = time.time()
     waited = Counter()
     with catch_signals() as signals:
-        batches = cache.batches(draws(first_step))
+        batches = cache.batches(draw(step, rows) for step in range(first_step, steps) for rows in micro_batches)
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             # -- schedules and masks of this step
             lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
@@ -370,7 +347,12 @@ def main(args):
                     s_image, s_text, text_mask = next(batches)  # [B, N, D_I], [B, L, D_T], [B, L]
                 ddp.require_backward_grad_sync = rows == micro_batches[-1]  # averages gradients once a step
                 out = ddp(s_image, s_text, text_mask, model.Masks(*(index[rows] for index in masks)))
-                loss = objective(out, args, step) / args.accumulate
+                loss = out.energy.mean()
+                if args.vicreg:
+                    loss = loss + args.vicreg * model.vicreg_term(out.context)
+                if args.sigreg:
+                    loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
+                loss = loss / args.accumulate
                 scaler.scale(loss).backward()
                 running[0] += loss.detach() / world_size
 
@@ -568,8 +550,7 @@ def time_parts(args, net, B, rounds=100, limit=30):
     def timed(part):
         start = time.perf_counter()
         yield
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
+        getattr(torch, device.type).synchronize()
         times[part].append(time.perf_counter() - start)
 
     begin = time.time()
@@ -598,16 +579,15 @@ def time_parts(args, net, B, rounds=100, limit=30):
             for _ in range(90):  # about 30 passes over the features for each of 3 C
                 x.T @ (x @ w)
         optimizer.zero_grad(set_to_none=True)
-    counter, one = FlopCounterMode(display=False), [tensor[:1] for tensor in features]
-    with counter, sdpa_kernel(SDPBackend.MATH):  # this attention is counted on any device
+    one = [tensor[:1] for tensor in features]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted on any device
         net.frozen_image(images[:1])
-    frozen = counter.get_total_flops() / 1e9
-    with counter, sdpa_kernel(SDPBackend.MATH):
+        frozen = counter.get_total_flops()
         for number in range(10):
             masks = model.sample_masks(net.grid, B, args.seed, number).to(device)
             net(*one, model.Masks(*(index[:1] for index in masks))).energy.mean().backward()
-    trained = counter.get_total_flops() / 10 / 1e9
-    return {part: float(np.median(found[1:])) for part, found in times.items()}, frozen, trained
+    trained = (counter.get_total_flops() - frozen) / 10
+    return {part: np.median(found[1:]) for part, found in times.items()}, frozen / 1e9, trained / 1e9
 
 
 def bench(args):
@@ -749,14 +729,13 @@ def plot_maps(net, pictures, features, titles, path):
 def run(argv=None):
     """The command line -> exit code, see data.run_command."""
     args = parse_args(argv)
-    command = evaluate if args.eval else bench if args.bench else main
+    command = evaluate if args.eval else main
+    if args.bench and not args.eval:
+        command = bench
     if command is main and (not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"):
         command = data.locked(args.out)(main)  # one process writes
     to_lower = "--batch_size or --held_out, or raise --accumulate, which gives the same result"
-    code = data.run_command(lambda: command(args), to_lower)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
+    return data.run_command(lambda: command(args), to_lower)
 
 
 if __name__ == "__main__":
