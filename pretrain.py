@@ -92,8 +92,8 @@ def parse_args(argv=None):
     add("--out", default="", help=f"folder to write to (empty: out/{preset}, with --eval the checkpoint's)")
     add("--image_encoder", default=config.image_encoder, help="timm name of f_I")
     add("--image_weights", default="", help="weight file of f_I (empty: timm's, with --eval as in training)")
-    add("--text_encoder", default="", help="Hugging Face name or local folder of f_T (empty: "
-        f"{config.text_encoder}, with --eval as in training)")
+    add("--text_encoder", default="",
+        help=f"name or folder of f_T (empty: {config.text_encoder}, with --eval as in training)")
     add("--loss", choices=("mse", "smooth_l1"), default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens or f_I's")
     add("--vicreg", **number(float, 0), default=0.0, help="weight of VICReg's term on X's output")
@@ -131,9 +131,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.captions) or args.image and not args.eval:
         parser.error("--image and --captions go together, and with --eval")
-    try:
-        "".join(args.captions).encode()
-    except UnicodeEncodeError:
+    if any("\ud800" <= letter <= "\udfff" for letter in "".join(args.captions)):  # bytes, not decoded
         parser.error("--captions: not in the encoding of this terminal")
     args.out = args.out or (str(Path(args.eval).parent) if args.eval else f"out/{preset}")
     return args
@@ -284,7 +282,7 @@ def main(args):
         raise UserError(f"--batch_size {args.batch_size} is above the {len(train_images)} images to train on")
 
     def draw(step, rows):
-        """(images, captions) of a micro-batch: a pure function, so that resuming needs no state of the data."""
+        """(images, captions) of a micro-batch: a pure function, so that a resumed run needs no state."""
         images, captions = data.epoch_order(cache, train_images, args.seed, step // steps_per_epoch)
         if args.shuffle_captions:
             captions = np.roll(captions, 1)
@@ -302,8 +300,8 @@ def main(args):
                 "identity": identity, "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
     print(f"pretrain: preset {args.preset}, {len(train_images)} images of {coco} to train on, "
-          f"{len(held_out)} held out (skipped: {data.describe(skipped)}), {device}, {net.dtype}, "
-          f"{world_size} process{'es' * (world_size > 1)}, {sum(map(torch.numel, trained)):,} trained weights")
+          f"{len(held_out)} held out (skipped: {data.describe(skipped)}), {device}, {net.dtype}, {world_size} "
+          f"process{'es' * (world_size > 1)}, {sum(map(torch.numel, trained)):,} trained weights")
     held_features = next(cache.batches([(held_out, cache.first[held_out])]))  # each with its first caption
 
     # -- the state of the run: from the start, or from its checkpoint
@@ -330,8 +328,8 @@ def main(args):
 
     began = line_time = time.time()
     waited = Counter()
+    batches = cache.batches(draw(step, rows) for step in range(first_step, steps) for rows in micro_batches)
     with catch_signals() as signals:
-        batches = cache.batches(draw(step, rows) for step in range(first_step, steps) for rows in micro_batches)
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             # -- schedules and masks of this step
             lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
@@ -352,9 +350,8 @@ def main(args):
                     loss = loss + args.vicreg * model.vicreg_term(out.context)
                 if args.sigreg:
                     loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
-                loss = loss / args.accumulate
-                scaler.scale(loss).backward()
-                running[0] += loss.detach() / world_size
+                scaler.scale(loss / args.accumulate).backward()
+                running[0] += loss.detach() / args.accumulate / world_size
 
             # -- optimiser, then X~ <- m X~ + (1 - m) X
             scaler.unscale_(optimizer)
@@ -465,8 +462,7 @@ def retrieval_metrics(energies):
 
 
 def rank_captions(args, net, log):
-    """--eval with a picture and captions: print their energies, the lowest first, and what they are worth;
-    with several, draw maps_<image>.png of the lowest and the highest."""
+    """--eval with a picture and captions: print their energies; draw maps_<image>.png of the ends."""
     try:
         picture = data.read_image(args.image, net.image_encoder.data_config["input_size"][1:])
     except data.NOT_AN_IMAGE as error:
@@ -486,8 +482,7 @@ def rank_captions(args, net, log):
         print(f"pair accuracy on the held-out images: {accuracy:.2f}, where 0.5 is chance"
               + "; these energies mean little" * (accuracy < 0.6))
     if len(order) > 1:
-        ends = [order[0], order[-1]]
-        path = Path(args.out) / f"maps_{Path(args.image).stem}.png"
+        ends, path = [order[0], order[-1]], Path(args.out) / f"maps_{Path(args.image).stem}.png"
         plot_maps(net, [picture], [feature[ends] for feature in features], [lines[i] for i in ends], path)
 
 
@@ -535,8 +530,8 @@ STEP = ("masks", "forward", "backward", "optimiser", "EMA")  # once a micro-batc
 
 
 def time_parts(args, net, B, rounds=100, limit=30):
-    """Repeat a training step on B images, and what other stages repeat, so many times or seconds, at least
-    twice -> {part: median seconds}, and the GFLOP of one image in f_I and in the trained half."""
+    """Repeat a training step on B images, and what other stages repeat, so many times or seconds ->
+    ({part: median seconds}, GFLOP of one image in f_I, in the trained half both ways)."""
     device, optimizer, times = net.device, build_optimizer(net), defaultdict(list)
     forward = torch.compile(net, dynamic=True) if args.compile else net
     N, D_I, D_T = math.prod(net.grid), net.image_encoder.dim, net.text_encoder.dim
@@ -591,8 +586,7 @@ def time_parts(args, net, B, rounds=100, limit=30):
 
 
 def bench(args):
-    """The --bench command: a training step's parts on random features of the preset's shapes, f_I without its
-    weights, and what the longest stages of `make reproduce` take by them."""
+    """The --bench command: a training step on random features, f_I without its weights, and what all takes."""
     split_batch(args, 0, 1)  # refuses what training does
     posts, pairs = args.posts, args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
     held_out = args.held_out or data.default_held_out(pairs)
@@ -600,32 +594,31 @@ def bench(args):
     if steps < 1 or args.text_encoder:
         raise UserError("--bench takes the preset's f_T, and more images than --held_out and a --batch_size")
     device, config = model.pick_device(args.device), make_config(args, [])
-    f_I, f_T = model.ImageEncoder(config.image_encoder, pretrained=False), torch.nn.Module()  # f_T: sizes only
-    f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]
+    f_I, f_T = model.ImageEncoder(config.image_encoder, pretrained=False), torch.nn.Module()
+    f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]  # it is not built
     net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype)
-    fits = [n for n in range(args.accumulate, args.batch_size + 1) if args.batch_size % n == 0]
-    for accumulate in fits:
-        B = args.batch_size // accumulate
+    for accumulate in range(args.accumulate, args.batch_size + 1):
+        B, rest = divmod(args.batch_size, accumulate)
         try:
-            took, frozen, trained = time_parts(args, net, B)
-            break
+            if not rest:
+                took, frozen, trained = time_parts(args, net, B)
+                break
         except torch.OutOfMemoryError:
             print(f"--accumulate {accumulate}: {B} images at a time do not fit the memory")
     else:
         raise UserError("not even one image at a time fits the memory: take a smaller preset")
-    step = accumulate * sum(took[part] for part in STEP[:3]) + sum(took[part] for part in STEP[3:])
-    image = took["encode"] / data.ENCODE_BATCH  # seconds to encode one; f_T, not built, at f_I's rate:
-    caption = image * 2e-9 * f_T_weights * TOKENS / frozen
-    pool, tune = took["pool"] / B, took["tune"] / B + took["optimiser"] / 32  # seconds for a post
-    widths = 3 + 6 * config.dim / (f_T.dim + f_I.dim)  # of all rows' features, in those of both encoders
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     card = ""
     if device.type == "cuda":
         memory, card = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
-    weights = sum(p.numel() for p in f_I.parameters()) + f_T_weights
-    numbers = ((pairs + posts) * math.prod(net.grid) * f_I.dim + (5 * pairs + posts) * TOKENS * f_T.dim)
-    report = {f"{part}, ms for {B} images": 1000 * took[part] for part in STEP}
-    report.update({
+    step = accumulate * sum(took[part] for part in STEP[:3]) + sum(took[part] for part in STEP[3:])
+    image = took["encode"] / data.ENCODE_BATCH  # seconds to encode one
+    caption = image * 2e-9 * f_T_weights * TOKENS / frozen  # at f_I's rate
+    pool, tune = took["pool"] / B, took["tune"] / B + took["optimiser"] / 32  # seconds for a post
+    widths = 3 + 6 * config.dim / (f_T.dim + f_I.dim)  # of all rows' features, in those of both encoders
+    energies = held_out ** 2 * args.eval_masks
+    report = {
+        **{f"{part}, ms for {B} images": 1000 * took[part] for part in STEP},
         f"step of {args.batch_size} images, --accumulate {accumulate}, ms": 1000 * step,
         "training, images/s": args.batch_size / step,
         "encode by f_I, images/s": 1 / image,
@@ -636,17 +629,17 @@ def bench(args):
            for name, peak in PEAK_TFLOPS.items() if name in card},
         "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
         "peak memory, GB": memory / 1e9,
-        "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * weights,
-        "disk for the features, GB": 2e-9 * numbers,
+        "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * (f_T_weights + sum(map(torch.numel, f_I.parameters()))),
+        "disk for the features, GB": 2e-9 * ((pairs + posts) * math.prod(net.grid) * f_I.dim
+                                             + (5 * pairs + posts) * TOKENS * f_T.dim),
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
         f"minutes to pretrain, {steps} steps": steps * step / 60,
-        f"minutes for {held_out ** 2 * args.eval_masks} energies":
-            held_out ** 2 * args.eval_masks * took["forward"] / B / 60,
+        f"minutes for {energies} energies": energies * took["forward"] / B / 60,
         f"minutes to encode {posts} posts": posts * (image + caption) / 60,
         "minutes to pool them, 9 encoders": 9 * posts * pool / 60,
         "minutes of probes, 5 seeds": 5 * widths * took["probe"] / 60,
         # 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
-        "minutes of fine-tuning, 5 seeds": 5 * 3 * 5 * posts * (0.8 * tune + 0.1 * pool) / 60})
+        "minutes of fine-tuning, 5 seeds": 5 * 3 * 5 * posts * (0.8 * tune + 0.1 * pool) / 60}
     for what, value in report.items():
         print(f"{what:44}{value:10.4g}")
 
@@ -703,15 +696,14 @@ def plot_masks(pictures, captions, grid, path):
         dark[masks.context[0]] = 0
         axes[1].imshow(np.zeros(grid), "gray", alpha=dark.reshape(grid), extent=(0, grid[1], grid[0], 0))
         for block, colour in zip(masks.target[0].tolist(), ("red", "gold", "cyan", "magenta")):
-            (top, left), (bottom, right) = divmod(block[0], grid[1]), divmod(block[-1], grid[1])
-            axes[2].add_patch(Rectangle((left, top), right + 1 - left, bottom + 1 - top, fill=False,
-                                        edgecolor=colour, linewidth=2))
+            height = (block[-1] - block[0]) // grid[1] + 1
+            top, left = divmod(block[0], grid[1])
+            axes[2].add_patch(Rectangle((left, top), len(block) / height, height, fill=False, ec=colour, lw=2))
     figure.savefig(path, dpi=100)
 
 
 def plot_maps(net, pictures, features, titles, path):
-    """R PIL images, with features and titles of two pairs of each -> the energy of each patch in either pair,
-    and by how much that of the second is higher."""
+    """PIL images, features and titles of two pairs of each -> the energy of each patch, and the difference."""
     maps = energy_maps(net, *features).unflatten(-1, net.grid).unflatten(0, (-1, 2)).numpy()
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
@@ -729,10 +721,12 @@ def plot_maps(net, pictures, features, titles, path):
 def run(argv=None):
     """The command line -> exit code, see data.run_command."""
     args = parse_args(argv)
-    command = evaluate if args.eval else main
-    if args.bench and not args.eval:
+    command = main
+    if args.eval:
+        command = evaluate
+    elif args.bench:
         command = bench
-    if command is main and (not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"):
+    elif not dist.is_torchelastic_launched() or os.environ["RANK"] == "0":
         command = data.locked(args.out)(main)  # one process writes
     to_lower = "--batch_size or --held_out, or raise --accumulate, which gives the same result"
     return data.run_command(lambda: command(args), to_lower)
