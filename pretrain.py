@@ -300,8 +300,8 @@ def main(args):
                 "identity": identity, "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
     print(f"pretrain: preset {args.preset}, {len(train_images)} images of {coco} to train on, "
-          f"{len(held_out)} held out (skipped: {data.describe(skipped)}), {device}, {net.dtype}, {world_size} "
-          f"process{'es' * (world_size > 1)}, {sum(map(torch.numel, trained)):,} trained weights")
+          f"{len(held_out)} held out (skipped: {data.describe(skipped)}), {device}, {net.dtype}, "
+          f"{world_size} process{'es' * (world_size > 1)}, {sum(map(torch.numel, trained)):,} weights")
     held_features = next(cache.batches([(held_out, cache.first[held_out])]))  # each with its first caption
 
     # -- the state of the run: from the start, or from its checkpoint
@@ -429,16 +429,14 @@ def held_out_metrics(net, features):
 def energy_matrix(net, features, draws):
     """Energies of every image with every caption [I, T], each the mean over the same `draws` masks."""
     s_image, s_text, text_mask = features
-    columns = []
-    for tokens, mask in zip(tqdm(s_text, desc="energies"), text_mask):
-        pairs = s_image, tokens.expand(len(s_image), -1, -1), mask.expand(len(s_image), -1)
-        columns.append(net.mean_energy(*pairs, draws))
+    n = len(s_image)
+    columns = [net.mean_energy(s_image, tokens.expand(n, -1, -1), mask.expand(n, -1), draws)
+               for tokens, mask in zip(tqdm(s_text, desc="energies"), text_mask)]
     return torch.stack(columns, dim=1).float().cpu()
 
 
 def energy_maps(net, s_image, s_text, text_mask, least=8):
-    """Features of B pairs -> [B, N]: the energy of each patch, the mean over the masks that hide it: so many
-    that each patch is hidden at least `least` times."""
+    """Features of B pairs -> [B, N]: each patch's mean energy, of the masks that hide it, `least` or more."""
     total, count = torch.zeros(s_image.shape[:2]), torch.zeros(s_image.shape[1])
     for draw in tqdm(itertools.count(), desc="masks for maps.png"):
         hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]
@@ -586,7 +584,7 @@ def time_parts(args, net, B, rounds=100, limit=30):
 
 
 def bench(args):
-    """The --bench command: a training step on random features, f_I without its weights, and what all takes."""
+    """The --bench command: the parts of a step on random features, and by them what the stages take."""
     split_batch(args, 0, 1)  # refuses what training does
     posts, pairs = args.posts, args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
     held_out = args.held_out or data.default_held_out(pairs)
@@ -596,13 +594,13 @@ def bench(args):
     device, config = model.pick_device(args.device), make_config(args, [])
     f_I, f_T = model.ImageEncoder(config.image_encoder, pretrained=False), torch.nn.Module()
     f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]  # it is not built
+    weights = f_T_weights + sum(p.numel() for p in f_I.parameters())
     net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype)
-    for accumulate in range(args.accumulate, args.batch_size + 1):
-        B, rest = divmod(args.batch_size, accumulate)
+    for accumulate in (n for n in range(args.accumulate, args.batch_size + 1) if args.batch_size % n == 0):
+        B = args.batch_size // accumulate
         try:
-            if not rest:
-                took, frozen, trained = time_parts(args, net, B)
-                break
+            took, frozen, trained = time_parts(args, net, B)
+            break
         except torch.OutOfMemoryError:
             print(f"--accumulate {accumulate}: {B} images at a time do not fit the memory")
     else:
@@ -629,7 +627,7 @@ def bench(args):
            for name, peak in PEAK_TFLOPS.items() if name in card},
         "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
         "peak memory, GB": memory / 1e9,
-        "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * (f_T_weights + sum(map(torch.numel, f_I.parameters()))),
+        "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * weights,
         "disk for the features, GB": 2e-9 * ((pairs + posts) * math.prod(net.grid) * f_I.dim
                                              + (5 * pairs + posts) * TOKENS * f_T.dim),
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
@@ -698,12 +696,13 @@ def plot_masks(pictures, captions, grid, path):
         for block, colour in zip(masks.target[0].tolist(), ("red", "gold", "cyan", "magenta")):
             height = (block[-1] - block[0]) // grid[1] + 1
             top, left = divmod(block[0], grid[1])
-            axes[2].add_patch(Rectangle((left, top), len(block) / height, height, fill=False, ec=colour, lw=2))
+            outline = Rectangle((left, top), len(block) / height, height, fill=False, ec=colour, lw=2)
+            axes[2].add_patch(outline)
     figure.savefig(path, dpi=100)
 
 
 def plot_maps(net, pictures, features, titles, path):
-    """PIL images, features and titles of two pairs of each -> the energy of each patch, and the difference."""
+    """PIL images, features and titles of two pairs of each -> the energy of each patch, the difference."""
     maps = energy_maps(net, *features).unflatten(-1, net.grid).unflatten(0, (-1, 2)).numpy()
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
