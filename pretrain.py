@@ -5,8 +5,8 @@
     python pretrain.py --eval out/toy/checkpoint.pt
     python pretrain.py --eval out/toy/checkpoint.pt --image a.jpg --captions "red bars ..." "navy tiles ..."
 
-The first writes OUT/checkpoint.pt (all that --resume needs to end as a run without the break) and its log,
-OUT/log.jsonl: a line of numbers each --log_every steps, printed as they come. Of the training:
+The first writes OUT/checkpoint.pt, all that --resume needs to end as a run without the break, and its log,
+OUT/log.jsonl: a line each --log_every steps, printed as they come. Of the training:
 
     step, epoch        optimiser steps and passes over the images done
     loss               mean of the loss since the last line; no evidence: it also falls in a collapse
@@ -14,8 +14,7 @@ OUT/log.jsonl: a line of numbers each --log_every steps, printed as they come. O
     start_share        share of its random start that is still in X~: the product of all momenta so far
     grad_norm          norm of all gradients of this step before clipping; null if it is not finite
     skipped_steps      steps so far that the GradScaler skipped, as their gradients overflowed float16
-    images_per_s       images trained on per second since the last line
-    data_wait          share of that time spent waiting for features
+    images_per_s, data_wait   images trained on per second, and share of time spent waiting for features
 
 and of the held-out images, with the same masks each time (these are the evidence):
 
@@ -24,8 +23,7 @@ and of the held-out images, with the same masks each time (these are the evidenc
     pair_accuracy      share of images whose own caption has the lower energy of the two: 0.5 is chance
     energy_position    the energy of predicting the other images' mean target at each position: an energy as
                        high means that neither the visible patches nor the caption is of use
-    target_std         mean std of the targets over the images: at most about 1; 0 is collapse
-    prediction_std     the same of the predictions
+    target_std, prediction_std   mean std of each over the images: at most about 1; 0 is collapse
     target_rank        effective rank of the images' mean targets: near 1 is dimensional collapse
 
 With --target image the targets are fixed: there a collapse shows in prediction_std and in the gap. --eval
@@ -37,6 +35,7 @@ with every held-out caption over several masks, eval.json (what is not named her
     recall@1, @5       share of images whose own caption is the one, or among the five, of lowest energy
 """
 import argparse
+import atexit
 import io
 import itertools
 import json
@@ -47,8 +46,8 @@ import signal
 import sys
 import textwrap
 import time
-from collections import Counter
-from contextlib import ExitStack, contextmanager
+from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -71,9 +70,8 @@ PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, worker
 PRESETS = {
     # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images): about
     # exp(-(1 - momentum) * steps / 2), as the momentum rises to 1
-    "toy": dict(epochs=40, batch_size=32, accumulate=1, max_images=0, workers=2, log_every=124,
-                momentum=0.994, posts=3000),
-    "tiny": dict(epochs=30, batch_size=16, accumulate=1, max_images=0, workers=2, log_every=168),
+    "toy": dict(epochs=40, batch_size=32, log_every=124, momentum=0.994, posts=3000),
+    "tiny": dict(epochs=30, batch_size=16, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
 # Options that --resume may find changed: they change at most rounding, or their contents are compared
@@ -94,18 +92,18 @@ def parse_args(argv=None):
     add("--out", default="", help=f"folder to write to (empty: out/{preset}, with --eval the checkpoint's)")
     add("--image_encoder", default=config.image_encoder, help="timm name of f_I")
     add("--image_weights", default="", help="weight file of f_I (empty: timm's, with --eval as in training)")
-    add("--text_encoder", default="", help="Hugging Face name or local folder of f_T (empty: "
-        f"{config.text_encoder}, with --eval as in training)")
+    add("--text_encoder", default="",
+        help=f"name or folder of f_T (empty: {config.text_encoder}, with --eval as in training)")
     add("--loss", choices=("mse", "smooth_l1"), default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens or f_I's")
     add("--vicreg", **number(float, 0), default=0.0, help="weight of VICReg's term on X's output")
     add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
     add("--shuffle_captions", action="store_true", help="control: train with other images' captions")
     add("--epochs", **number(int, 1), help="passes over the images")
-    add("--max_images", **number(int, 0), help="use the first so many images (0: all)")
+    add("--max_images", **number(int, 0), default=0, help="use the first so many images (0: all)")
     add("--held_out", **number(int, 0), default=0, help="images to measure on (0: a tenth, at most 100)")
     add("--batch_size", **number(int, 1), help="images per optimiser step")
-    add("--accumulate", **number(int, 1), help="micro-batches of each process: same result, less memory")
+    add("--accumulate", **number(int, 1), default=1, help="micro-batches of each process: less memory")
     add("--start_lr", **number(float, 0), default=2e-4, help="learning rate at the start of the warm-up")
     add("--lr", **number(float, 1e-12), default=1e-3, help="learning rate at its end")
     add("--final_lr", **number(float, 0), default=1e-6, help="learning rate at the last step")
@@ -118,7 +116,7 @@ def parse_args(argv=None):
     add("--seed", **number(int, 0, 2 ** 31 - 1), default=0, help="of weights, order, captions and masks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
-    add("--workers", **number(int, 1), help="threads that read and decode images")
+    add("--workers", **number(int, 1), default=2, help="threads that read and decode images")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
     add("--compile", action="store_true", help="torch.compile the trained half (for CUDA)")
     add("--log_every", **number(int, 1), help="steps between log lines; the first of an epoch also saves")
@@ -133,25 +131,23 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.captions) or args.image and not args.eval:
         parser.error("--image and --captions go together, and with --eval")
-    try:
-        "".join(args.captions).encode()
-    except UnicodeEncodeError:
+    if any("\ud800" <= letter <= "\udfff" for letter in "".join(args.captions)):  # bytes, not decoded
         parser.error("--captions: not in the encoding of this terminal")
     args.out = args.out or (str(Path(args.eval).parent) if args.eval else f"out/{preset}")
     return args
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the loop needs: first the schedules, functions of the step from 0 to total - 1
+# What the loop needs: first the schedules, from `start` at step 0 to `final` at the last step, total - 1
 
 
 def linear(step, total, start, final):
-    """From `start` at step 0 to `final` at the last step, in a straight line."""
+    """In a straight line."""
     return start + (final - start) * step / max(1, total - 1)
 
 
 def cosine(step, total, start, final):
-    """From `start` at step 0 to `final` at the last step, on half a cosine."""
+    """On half a cosine."""
     return final + (start - final) * 0.5 * (1 + math.cos(math.pi * step / max(1, total - 1)))
 
 
@@ -164,15 +160,15 @@ def warmup_cosine(step, total, warmup, start, peak, final):
 
 def make_config(args, items):
     """The model's Config by the arguments. Only the toy text encoder needs the captions: for their words."""
-    def absolute(path):  # the checkpoint may be used from another folder
-        return os.path.realpath(path) if path != "toy" and os.path.exists(path) else path
-
-    preset = model.PRESETS[args.preset]
-    text_encoder = absolute(args.text_encoder or preset.text_encoder)
-    texts = [text for _, captions in items for text in captions] if text_encoder == "toy" else []
-    return replace(preset, image_encoder=args.image_encoder, image_weights=absolute(args.image_weights),
-                   text_encoder=text_encoder, loss=args.loss, target=args.target,
-                   vocabulary=sorted(set(" ".join(texts).lower().split())))
+    preset, words = model.PRESETS[args.preset], set()
+    f_T = args.text_encoder or preset.text_encoder
+    if f_T == "toy":
+        words.update(word for _, captions in items for text in captions for word in text.lower().split())
+    elif os.path.isdir(f_T):
+        f_T = os.path.realpath(f_T)  # the checkpoint may be used from another folder
+    weights = args.image_weights and os.path.realpath(args.image_weights)
+    return replace(preset, image_encoder=args.image_encoder, image_weights=weights, text_encoder=f_T,
+                   loss=args.loss, target=args.target, vocabulary=sorted(words))
 
 
 def write_log(path, log):
@@ -190,28 +186,29 @@ def build_optimizer(net):
 
 @contextmanager
 def catch_signals():
-    """Inside, Ctrl-C and SIGTERM only append their number to the list that this yields, for the loop to see
-    after its step; a second Ctrl-C ends the process at once."""
-    signals = []
+    """Inside, Ctrl-C and SIGTERM are only noted in a list, for the loop; a second Ctrl-C ends the process."""
+    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def note(number, frame):
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, note))  # at the end as before
+    before = [signal.signal(number, note) for number in numbers]
+    try:
         yield signals
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def join_processes(args):
-    """(rank, world size, device) of this process. torchrun starts one for each GPU, or all on the one that
-    --device numbers; without it, whatever variables other launchers set, there is only this one."""
-    if not dist.is_torchelastic_launched():
+    """(rank, world size, device) of this process: one for each GPU, or all on what --device names."""
+    if not dist.is_torchelastic_launched():  # not by torchrun, whatever variables other launchers set
         return 0, 1, model.pick_device(args.device)
     own_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
     device = model.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else args.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
+    atexit.register(dist.destroy_process_group)
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # one process prints
     return dist.get_rank(), dist.get_world_size(), device
@@ -225,27 +222,16 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
     return value
 
 
-def split_batch(args, rank, world):
-    """The parts of a batch that this process takes, a slice for each forward pass. Raises UserError if they
-    cannot be equal, or a regulariser would see only a part."""
-    micro, rest = divmod(args.batch_size, args.accumulate * world)
+def split_batch(args, rank, world_size):
+    """The slices of a batch that this process takes, one a forward pass, all equal. Raises UserError."""
+    micro, rest = divmod(args.batch_size, args.accumulate * world_size)
     if rest:
         raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
-                        f"({args.accumulate} x {world})")
-    if (args.vicreg or args.sigreg) and micro < args.batch_size:
+                        f"({args.accumulate} x {world_size})")
+    if (args.vicreg or args.sigreg) and micro < args.batch_size:  # they would see only a part
         raise UserError("--vicreg and --sigreg need the whole batch: one process and --accumulate 1")
-    first = rank * args.accumulate * micro
-    return [slice(start, start + micro) for start in range(first, first + args.accumulate * micro, micro)]
-
-
-def objective(out, args, step):
-    """A forward pass -> []: its mean energy, plus the regularisers of X's output that were asked for."""
-    loss = out.energy.mean()
-    if args.vicreg:
-        loss = loss + args.vicreg * model.vicreg_term(out.context)
-    if args.sigreg:
-        loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
-    return loss
+    first = rank * args.accumulate
+    return [slice(n * micro, (n + 1) * micro) for n in range(first, first + args.accumulate)]
 
 
 def run_identity(args, net, items, cache):
@@ -257,8 +243,7 @@ def run_identity(args, net, items, cache):
 
 
 def resume(path, identity, net, optimizer, scaler, seconds):
-    """Load the state of the run that `path` is of and add its seconds -> (step, log, start_share, running).
-    Raises UserError if it is not whole, or of another run, naming what differs."""
+    """Load the run that `path` is of -> (step, log, start_share, running). UserError names what differs."""
     with model.read_checkpoint(path) as saved:
         differs = model.differences(saved["identity"], identity)
         if differs:
@@ -274,21 +259,11 @@ def resume(path, identity, net, optimizer, scaler, seconds):
         return int(saved["step"]), log, float(saved["start_share"]), saved["running"].reshape(2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop
-
-
-def check_finite(step, *values):
-    """Raise FloatingPointError if one of these is not finite, before anything is overwritten."""
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"the loss is not finite by step {step}; lower --lr or --clip")
-
-
 def main(args):
     """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it."""
     # -- processes: with torchrun, this one trains on its share of each batch
-    rank, world, device = join_processes(args)
-    parts = split_batch(args, rank, world)
+    rank, world_size, device = join_processes(args)
+    micro_batches = split_batch(args, rank, world_size)
 
     # -- data: the features of every readable picture and caption, from the cache
     path, coco = Path(args.out) / "checkpoint.pt", args.coco or "data/coco"
@@ -305,29 +280,27 @@ def main(args):
     if not steps:
         raise UserError(f"--batch_size {args.batch_size} is above the {len(train_images)} images to train on")
 
-    def draws(first_step):
-        """(images, captions) of each micro-batch of this process: a function of the seed and the step."""
-        for step in range(first_step, steps):
-            epoch, batch = divmod(step, steps_per_epoch)
-            if batch == 0 or step == first_step:
-                images, captions = data.epoch_order(cache, train_images, args.seed, epoch)
-                captions = np.roll(captions, 1) if args.shuffle_captions else captions
-            rows = slice(batch * args.batch_size, (batch + 1) * args.batch_size)
-            for part in parts:
-                yield images[rows][part], captions[rows][part]
+    def draw(step, rows):
+        """(images, captions) of a micro-batch: a pure function, so that a resumed run needs no state."""
+        images, captions = data.epoch_order(cache, train_images, args.seed, step // steps_per_epoch)
+        if args.shuffle_captions:
+            captions = np.roll(captions, 1)
+        first = step % steps_per_epoch * args.batch_size
+        return images[first:][rows], captions[first:][rows]
 
     # -- optimiser, and the identity of the run
     optimizer = build_optimizer(net)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=net.dtype == torch.float16)
     ddp = torch.compile(net, dynamic=True) if args.compile else net  # masks and captions differ in length
-    ddp = DistributedDataParallel(ddp, broadcast_buffers=False) if world > 1 else ddp
+    ddp = DistributedDataParallel(ddp, broadcast_buffers=False) if world_size > 1 else ddp
+    identity = run_identity(args, net, items, cache)
     constant = {"config": asdict(net.config), "encoders": cache.encoders, "skipped": dict(+skipped),
-                "identity": run_identity(args, net, items, cache), "coco": str(Path(coco).resolve()),
+                "identity": identity, "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
     print(f"pretrain: preset {args.preset}, {len(train_images)} images of {coco} to train on, "
           f"{len(held_out)} held out (skipped: {data.describe(skipped)}), {device}, {net.dtype}, "
-          f"{world} process{'es' * (world > 1)}, {sum(p.numel() for p in trained):,} trained weights")
+          f"{world_size} process{'es' * (world_size > 1)}, {sum(map(torch.numel, trained)):,} weights")
     held_features = next(cache.batches([(held_out, cache.first[held_out])]))  # each with its first caption
 
     # -- the state of the run: from the start, or from its checkpoint
@@ -336,15 +309,13 @@ def main(args):
     if path.exists() and not args.resume:
         print(f"pretrain: begins anew and will replace {path}; --resume would continue it")
     elif path.exists():
-        first_step, log, start_share, running = resume(path, constant["identity"], net, optimizer, scaler,
-                                                       seconds)
+        first_step, log, start_share, running = resume(path, identity, net, optimizer, scaler, seconds)
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
-    running = running.to(device) / world  # each process has a share; all_reduce sums them
+    running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
     def save(step):
         """Write all that the rest of the run depends on: its data and masks are functions of the step."""
         total = all_reduce(running)
-        check_finite(step, *total.tolist())
         if rank == 0:
             file = io.BytesIO()
             torch.save({**constant, "step": step, "start_share": start_share, "running": total,
@@ -354,18 +325,11 @@ def main(args):
             data.atomic_write(path, file.getbuffer())
             write_log(path, log)
 
-    began = time.time()
+    began = line_time = time.time()
+    waited = Counter()
+    batches = cache.batches(draw(step, rows) for step in range(first_step, steps) for rows in micro_batches)
     with catch_signals() as signals:
-        batches = cache.batches(draws(first_step))
-        clock, clock_step, waited = time.time(), first_step, Counter()
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
-            stop = all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX).item()
-            if stop:
-                check_finite(step, held_out_metrics(net, held_features)["energy_matched"])
-                save(step)
-                print(f"pretrain: stopped after step {step} of {steps}; --resume continues from there")
-                return 128 + stop
-
             # -- schedules and masks of this step
             lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
             wd = cosine(step, steps, args.start_wd, args.final_wd)
@@ -375,14 +339,18 @@ def main(args):
             masks = model.sample_masks(net.grid, args.batch_size, args.seed, step).to(device)
 
             # -- forward and backward, micro-batch by micro-batch
-            for part in parts:
+            for rows in micro_batches:
                 with data.timed(waited, "data"):
                     s_image, s_text, text_mask = next(batches)  # [B, N, D_I], [B, L, D_T], [B, L]
-                ddp.require_backward_grad_sync = part == parts[-1]  # DDP averages gradients once a step
-                out = ddp(s_image, s_text, text_mask, model.Masks(*(index[part] for index in masks)))
-                loss = objective(out, args, step) / args.accumulate
-                scaler.scale(loss).backward()
-                running[0] += loss.detach() / world
+                ddp.require_backward_grad_sync = rows == micro_batches[-1]  # averages gradients once a step
+                out = ddp(s_image, s_text, text_mask, model.Masks(*(index[rows] for index in masks)))
+                loss = out.energy.mean()
+                if args.vicreg:
+                    loss = loss + args.vicreg * model.vicreg_term(out.context)
+                if args.sigreg:
+                    loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
+                scaler.scale(loss / args.accumulate).backward()
+                running[0] += loss.detach() / args.accumulate / world_size
 
             # -- optimiser, then X~ <- m X~ + (1 - m) X
             scaler.unscale_(optimizer)
@@ -393,33 +361,43 @@ def main(args):
             net.update_target(momentum)
             start_share *= momentum
             if scaler.is_enabled():
-                running[1] += (~grad_norm.isfinite()) / world  # the same norm in all processes
+                running[1] += (~grad_norm.isfinite()) / world_size  # the same norm in all processes
 
-            # -- log line, and the first time in an epoch a checkpoint
+            # -- now and then a log line; the first time in an epoch, and when stopped, a checkpoint
             done = step + 1
-            if done % args.log_every == 0 or done == steps:
-                loss, overflows = all_reduce(running).tolist()  # waits for the device
-                elapsed = time.time() - clock
-                last = log[-1]["step"] if log else 0  # a resumed run may begin between two lines
-                metrics = held_out_metrics(net, held_features)
-                check_finite(done, loss, metrics["energy_matched"])
+            stop = all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX).item()
+            log_now = done % args.log_every == 0 or done == steps
+            if not log_now and not stop:
+                continue
+            loss, overflows = all_reduce(running).tolist()  # waits for the device
+            elapsed = time.time() - line_time
+            metrics = held_out_metrics(net, held_features)
+            if not math.isfinite(loss + metrics["energy_matched"]):
+                raise FloatingPointError(f"the loss is not finite by step {done}; lower --lr or --clip")
+            last = log[-1]["step"] if log else 0
+            if log_now:
                 line = dict(step=done, epoch=done / steps_per_epoch, loss=loss / (done - last), lr=lr, wd=wd,
                             momentum=momentum, start_share=start_share, grad_norm=grad_norm.item(),
-                            skipped_steps=round(overflows),
-                            images_per_s=(done - clock_step) * args.batch_size / elapsed,
+                            skipped_steps=round(overflows),  # a resumed run may begin between two lines:
+                            images_per_s=(done - max(last, first_step)) * args.batch_size / elapsed,
                             data_wait=waited["data"] / elapsed, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-                running[0], clock, clock_step, waited = 0, time.time(), done, Counter()
-                if done // steps_per_epoch > last // steps_per_epoch:
-                    save(done)
+                running[0] = 0
+                line_time = time.time()
+                waited.clear()
+            if stop or done // steps_per_epoch > last // steps_per_epoch:
+                save(done)
+            if stop and done < steps:
+                print(f"pretrain: stopped after step {done} of {steps}; --resume continues from there")
+                return 128 + stop
     if rank == 0:
         write_log(path, log)  # after a kill it may lack the last line of the checkpoint
         plot_curves(log, path.with_name("curves.png"))
-    print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
-    if rank == 0 and start_share > 0.05:
-        print(f"warning: {start_share:.0%} of X~ is still its random start: its features are worth "
-              "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
+        print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
+        if start_share > 0.05:
+            print(f"warning: {start_share:.0%} of X~ is still its random start: its features are worth "
+                  "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
     return 0
 
 
@@ -450,16 +428,14 @@ def held_out_metrics(net, features):
 def energy_matrix(net, features, draws):
     """Energies of every image with every caption [I, T], each the mean over the same `draws` masks."""
     s_image, s_text, text_mask = features
-    columns = []
-    for tokens, mask in zip(tqdm(s_text, desc="energies"), text_mask):
-        pairs = s_image, tokens.expand(len(s_image), -1, -1), mask.expand(len(s_image), -1)
-        columns.append(net.mean_energy(*pairs, draws))
+    n = len(s_image)
+    columns = [net.mean_energy(s_image, tokens.expand(n, -1, -1), mask.expand(n, -1), draws)
+               for tokens, mask in zip(tqdm(s_text, desc="energies"), text_mask)]
     return torch.stack(columns, dim=1).float().cpu()
 
 
 def energy_maps(net, s_image, s_text, text_mask, least=8):
-    """Features of B pairs -> [B, N]: the energy of each patch, the mean over the masks that hide it: so many
-    that each patch is hidden at least `least` times."""
+    """Features of B pairs -> [B, N]: each patch's mean energy, of the masks that hide it, `least` or more."""
     total, count = torch.zeros(s_image.shape[:2]), torch.zeros(s_image.shape[1])
     for draw in tqdm(itertools.count(), desc="masks for maps.png"):
         hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]
@@ -483,8 +459,7 @@ def retrieval_metrics(energies):
 
 
 def rank_captions(args, net, log):
-    """--eval with a picture and captions: print their energies, the lowest first, and what they are worth;
-    with several, draw maps_<image>.png of the lowest and the highest."""
+    """--eval with a picture and captions: print their energies; draw maps_<image>.png of the ends."""
     try:
         picture = data.read_image(args.image, net.image_encoder.data_config["input_size"][1:])
     except data.NOT_AN_IMAGE as error:
@@ -494,28 +469,26 @@ def rank_captions(args, net, log):
     features = s_image, *net.frozen_text(args.captions)
     energies = net.mean_energy(*features, args.eval_masks)
     lines = [f"{energy:.4f}  {caption}" for energy, caption in zip(energies.tolist(), args.captions)]
-    order = energies.argsort().tolist()
-    unknown = net.text_encoder.tokenizer.unk_token_id
+    order, tokenizer = energies.argsort().tolist(), net.text_encoder.tokenizer
     for i in order:
         tokens = net.text_encoder.tokenize([args.captions[i]], add_special_tokens=False)["input_ids"][0]
-        mostly_unknown = 2 * tokens.count(unknown) > len(tokens)
+        mostly_unknown = 2 * tokens.count(tokenizer.unk_token_id) > len(tokens)
         print(lines[i] + "  (f_T does not know most of its words)" * mostly_unknown)
     if log:
         accuracy = log[-1]["pair_accuracy"]
         print(f"pair accuracy on the held-out images: {accuracy:.2f}, where 0.5 is chance"
               + "; these energies mean little" * (accuracy < 0.6))
     if len(order) > 1:
-        ends = [order[0], order[-1]]
-        maps = energy_maps(net, *(feature[ends] for feature in features))
-        path = Path(args.out) / f"maps_{Path(args.image).stem}.png"
-        plot_maps([picture], net.grid, maps[None], [[lines[i] for i in ends]], path)
+        ends, path = [order[0], order[-1]], Path(args.out) / f"maps_{Path(args.image).stem}.png"
+        plot_maps(net, [picture], [feature[ends] for feature in features], [lines[i] for i in ends], path)
 
 
 def evaluate(args):
     """The --eval command: measure exactly the images that the checkpoint held out, print and write it."""
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
     net.place(model.pick_device(args.device), args.dtype)
-    Path(args.out).mkdir(parents=True, exist_ok=True)  # without its lock: a run may be evaluated as it trains
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)  # without its lock: a run may be evaluated as it trains
     if args.image:
         return rank_captions(args, net, checkpoint["log"])
     held_out, found, coco = checkpoint["held_out"], {}, args.coco or checkpoint["coco"]
@@ -533,15 +506,13 @@ def evaluate(args):
         energies = energy_matrix(net, features, args.eval_masks)
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
-    folder = Path(args.out)
-    pictures = [data.read_image(items[i][0]) for i in cache.readable[:4]]
-    captions = [items[i][1][0] for i in cache.readable[:4]]
-    s_image, s_text, text_mask = (tensor[:len(pictures)] for tensor in features)
-    maps = [energy_maps(net, s_image, s_text.roll(k, 0), text_mask.roll(k, 0)) for k in (0, 1)]
-    titles = [(captions[i], captions[i - 1]) for i in range(len(pictures))]
-    plot_maps(pictures, net.grid, torch.stack(maps, 1), titles, folder / "maps.png")
     plot_energies(energies, folder / "energies.png")
+    pictures, captions = zip(*[(data.read_image(items[i][0]), items[i][1][0]) for i in cache.readable[:4]])
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
+    image = np.arange(len(pictures)).repeat(2)  # each with its own caption, then with another's
+    text = image - np.arange(len(image)) % 2
+    chosen = [feature[:len(pictures)][index] for feature, index in zip(features, (image, text, text))]
+    plot_maps(net, pictures, chosen, [captions[i] for i in text], folder / "maps.png")
     # The last file: when it is there, all are.
     data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"], "seconds": seconds})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -552,79 +523,67 @@ def evaluate(args):
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
 TOKENS = 24  # of a caption or a post, padded to the longest of its batch
+STEP = ("masks", "forward", "backward", "optimiser", "EMA")  # once a micro-batch, the last two once a step
 
 
-def median_seconds(device, parts, steps=100, most=30):
-    """Call these functions one after the other, so many times or so many seconds -> the median time of each,
-    in seconds; the first round warms up."""
-    rounds, begin = [], time.perf_counter()
-    while len(rounds) < 2 or len(rounds) <= steps and time.perf_counter() - begin < most:
-        times = [time.perf_counter()]
-        for part in parts:
-            part()
-            if device.type != "cpu":
-                getattr(torch, device.type).synchronize()
-            times.append(time.perf_counter())
-        rounds.append(np.diff(times))
-    return np.median(rounds[1:], axis=0).tolist()
-
-
-def time_parts(args, net, optimizer, B):
-    """The median seconds of each part of a training step, and of what the other stages repeat, on B images:
-    {part: seconds}; and the GFLOP of one image in f_I and in the trained half."""
-    device, scaler = net.device, torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
+def time_parts(args, net, B, rounds=100, limit=30):
+    """Repeat a training step on B images, and what other stages repeat, so many times or seconds ->
+    ({part: median seconds}, GFLOP of one image in f_I, in the trained half both ways)."""
+    device, optimizer, times = net.device, build_optimizer(net), defaultdict(list)
     forward = torch.compile(net, dynamic=True) if args.compile else net
-    f_I, N, trained = net.image_encoder, math.prod(net.grid), [p for p in net.parameters() if p.requires_grad]
-    images = torch.randn(data.ENCODE_BATCH, *f_I.data_config["input_size"])
-    s_image = torch.randn(B, N, f_I.dim).to(device, net.dtype)
-    s_text = torch.randn(B, TOKENS, net.text_encoder.dim).to(device, net.dtype)
+    N, D_I, D_T = math.prod(net.grid), net.image_encoder.dim, net.text_encoder.dim
+    images = torch.randn(data.ENCODE_BATCH, *net.image_encoder.data_config["input_size"])
+    s_image, s_text = (torch.randn(size).to(device, net.dtype) for size in ((B, N, D_I), (B, TOKENS, D_T)))
     features = s_image, s_text, torch.ones(B, TOKENS, device=device, dtype=torch.bool)
-    numbers, step = itertools.count(), {}  # the state of the step that is measured
+    few = s_image[:, :max(9, math.ceil(N / 16))]  # the patches of a step of fine-tuning
+    x, w = torch.randn(math.ceil(0.8 * args.posts), D_T + D_I), torch.randn(D_T + D_I, 6)  # training posts
 
-    def draw():  # other sizes each time
-        step["masks"] = model.sample_masks(net.grid, B, args.seed, next(numbers)).to(device)
+    @contextmanager
+    def timed(part):
+        start = time.perf_counter()
+        yield
+        getattr(torch, device.type).synchronize()
+        times[part].append(time.perf_counter() - start)
 
-    def ahead():
-        step["loss"] = forward(*features, step["masks"]).energy.mean()
-
-    def update():
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        scaler.step(optimizer)
-        scaler.update()
+    begin = time.time()
+    for number in range(rounds + 1):
+        if number > 1 and time.time() - begin > limit:
+            break
+        with timed("masks"):  # other sizes each time
+            masks = model.sample_masks(net.grid, B, args.seed, number).to(device)
+        with timed("forward"):
+            loss = forward(*features, masks).energy.mean()
+        with timed("backward"):
+            loss.backward()
+        with timed("optimiser"):
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            optimizer.step()
+        with timed("EMA"):
+            net.update_target(0.996)
+        with timed("encode"):
+            net.frozen_image(images)
+        with timed("pool"), net.autocast():
+            net.target_encoder(*features).mean(1)
+        with timed("tune"), net.autocast():
+            net.context_encoder(few, *features[1:]).float().mean().backward()
+        with timed("probe"):
+            x.T @ x
+            for _ in range(90):  # about 30 passes over the features for each of 3 C
+                x.T @ (x @ w)
         optimizer.zero_grad(set_to_none=True)
-
-    def pool(encoder, patches):
-        with net.autocast():
-            return encoder(s_image[:, :patches], *features[1:]).float().mean()
-
-    parts = {"masks": draw, "forward": ahead, "backward": lambda: scaler.scale(step["loss"]).backward(),
-             "optimiser": update, "EMA": lambda: net.update_target(0.996)}
-    took = dict(zip(parts, median_seconds(device, parts.values())))
-    x = torch.randn(max(1, args.posts * 8 // 10), net.text_encoder.dim + f_I.dim)  # of the training posts
-    w = torch.randn(x.shape[1], 6)
-    others = {"encode": lambda: net.frozen_image(images), "score": lambda: pool(net.target_encoder, N),
-              "tune": lambda: pool(net.context_encoder, max(9, N // 16)).backward(),  # as finetune_mvsa.py
-              "probe": lambda: x.T @ x, "pass of a probe": lambda: x.T @ (x @ w)}
-    for part, work in others.items():
-        took[part], = median_seconds(device, [work], 10)
-    one, gflop = [tensor[:1] for tensor in features], []
-
-    def both_ways():  # the mean of ten draws of masks
+    one = [tensor[:1] for tensor in features]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted on any device
+        net.frozen_image(images[:1])
+        frozen = counter.get_total_flops()
         for number in range(10):
             masks = model.sample_masks(net.grid, B, args.seed, number).to(device)
             net(*one, model.Masks(*(index[:1] for index in masks))).energy.mean().backward()
-
-    for work, images_of in ((lambda: net.frozen_image(images[:1]), 1), (both_ways, 10)):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted anywhere
-            work()
-        gflop.append(counter.get_total_flops() / images_of / 1e9)
-    return took, gflop
+    trained = (counter.get_total_flops() - frozen) / 10
+    return {part: np.median(found[1:]) for part, found in times.items()}, frozen / 1e9, trained / 1e9
 
 
 def bench(args):
-    """The --bench command: a training step's parts on random features of the preset's shapes, f_I without its
-    weights, and what the longest stages of `make reproduce` take by them."""
+    """The --bench command: the parts of a step on random features, and by them what the stages take."""
     split_batch(args, 0, 1)  # refuses what training does
     posts, pairs = args.posts, args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
     held_out = args.held_out or data.default_held_out(pairs)
@@ -632,59 +591,52 @@ def bench(args):
     if steps < 1 or args.text_encoder:
         raise UserError("--bench takes the preset's f_T, and more images than --held_out and a --batch_size")
     device, config = model.pick_device(args.device), make_config(args, [])
-    f_T = torch.nn.Module()
-    f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]
-    f_I = model.ImageEncoder(config.image_encoder, pretrained=False)
+    f_I, f_T = model.ImageEncoder(config.image_encoder, pretrained=False), torch.nn.Module()
+    f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]  # it is not built
+    weights = f_T_weights + sum(p.numel() for p in f_I.parameters())
     net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype)
-    optimizer = build_optimizer(net)
-    N, trained = math.prod(net.grid), sum(p.numel() for p in net.parameters() if p.requires_grad)
-    for accumulate in range(args.accumulate, args.batch_size + 1):
-        B, rest = divmod(args.batch_size, accumulate)
-        if rest:
-            continue
+    for accumulate in (n for n in range(args.accumulate, args.batch_size + 1) if args.batch_size % n == 0):
+        B = args.batch_size // accumulate
         try:
-            took, gflop = time_parts(args, net, optimizer, B)
+            took, frozen, trained = time_parts(args, net, B)
             break
         except torch.OutOfMemoryError:
             print(f"--accumulate {accumulate}: {B} images at a time do not fit the memory")
     else:
         raise UserError("not even one image at a time fits the memory: take a smaller preset")
-    whole = sum(took[part] * accumulate for part in ("masks", "forward", "backward"))
-    whole += took["optimiser"] + took["EMA"]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    card = ""
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    image = took["encode"] / data.ENCODE_BATCH  # seconds for one image
-    report = {f"{part}, ms for {B} images": 1000 * took[part]
-              for part in ("masks", "forward", "backward", "optimiser", "EMA")}
-    report.update({
-        f"step of {args.batch_size} images, --accumulate {accumulate}, ms": 1000 * whole,
-        "training, images/s": args.batch_size / whole, "encode by f_I, images/s": 1 / image,
-        "f_I, GFLOP per image": gflop[0], "trained half, GFLOP per image": gflop[1],
-        "what the cache saves, by FLOPs": sum(gflop) / gflop[1],
-        "trained weights, million": trained / 1e6, "peak memory, GB": memory / 1e9})
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for card, peak in PEAK_TFLOPS.items():
-        if card in name:
-            report[f"MFU on {name}, %"] = 0.1 * gflop[1] * args.batch_size / whole / peak
-    caption = image * 2e-9 * f_T_weights * TOKENS / gflop[0]  # f_T at f_I's rate: it is not built
+        memory, card = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    step = accumulate * sum(took[part] for part in STEP[:3]) + sum(took[part] for part in STEP[3:])
+    image = took["encode"] / data.ENCODE_BATCH  # seconds to encode one
+    caption = image * 2e-9 * f_T_weights * TOKENS / frozen  # at f_I's rate
+    pool, tune = took["pool"] / B, took["tune"] / B + took["optimiser"] / 32  # seconds for a post
+    widths = 3 + 6 * config.dim / (f_T.dim + f_I.dim)  # of all rows' features, in those of both encoders
     energies = held_out ** 2 * args.eval_masks
-    # 5 seeds, 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
-    tuning = 5 * 3 * 5 * posts * (0.8 * (took["tune"] / B + took["optimiser"] / 32) + 0.1 * took["score"] / B)
-    # 5 seeds of rows of these widths in all, about 30 passes over the features for each of 3 C
-    widths = 3 + 6 * config.dim / (f_T.dim + f_I.dim)
-    probes = 5 * widths * (took["probe"] + 90 * took["pass of a probe"])
-    weights = sum(p.numel() for p in f_I.parameters()) + f_T_weights
-    report.update({
+    report = {
+        **{f"{part}, ms for {B} images": 1000 * took[part] for part in STEP},
+        f"step of {args.batch_size} images, --accumulate {accumulate}, ms": 1000 * step,
+        "training, images/s": args.batch_size / step,
+        "encode by f_I, images/s": 1 / image,
+        "f_I, GFLOP per image": frozen,
+        "trained half, GFLOP per image": trained,
+        "what the cache saves, by FLOPs": (frozen + trained) / trained,
+        **{f"MFU on {card}, %": 0.1 * trained * args.batch_size / step / peak
+           for name, peak in PEAK_TFLOPS.items() if name in card},
+        "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
+        "peak memory, GB": memory / 1e9,
         "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * weights,
-        "disk for the features, GB": 2e-9 * ((pairs + posts) * N * f_I.dim
+        "disk for the features, GB": 2e-9 * ((pairs + posts) * math.prod(net.grid) * f_I.dim
                                              + (5 * pairs + posts) * TOKENS * f_T.dim),
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
-        f"minutes to pretrain, {steps} steps": steps * whole / 60,
+        f"minutes to pretrain, {steps} steps": steps * step / 60,
         f"minutes for {energies} energies": energies * took["forward"] / B / 60,
         f"minutes to encode {posts} posts": posts * (image + caption) / 60,
-        "minutes to pool them, 9 encoders": 9 * posts * took["score"] / B / 60,
-        "minutes of probes, 5 seeds": probes / 60, "minutes of fine-tuning, 5 seeds": tuning / 60})
+        "minutes to pool them, 9 encoders": 9 * posts * pool / 60,
+        "minutes of probes, 5 seeds": 5 * widths * took["probe"] / 60,
+        # 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
+        "minutes of fine-tuning, 5 seeds": 5 * 3 * 5 * posts * (0.8 * tune + 0.1 * pool) / 60}
     for what, value in report.items():
         print(f"{what:44}{value:10.4g}")
 
@@ -694,21 +646,17 @@ def bench(args):
 
 
 def plot_curves(log, path):
-    """The log lines -> a picture of the numbers against the step."""
-    panels = {"training loss, held-out energies": ("loss", "energy_matched", "energy_mismatched",
-                                                   "energy_position"),
-              "pair accuracy (grey: chance)": ("pair_accuracy",),
-              "std over held-out images": ("target_std", "prediction_std"),
-              "effective rank of the targets": ("target_rank",)}
-    figure = Figure((4 * len(panels), 3.2), layout="tight")
-    axes = figure.subplots(1, len(panels))
-    columns = {name: np.array([line[name] for line in log], float) for name in log[0]}  # null: nan, a gap
-    for axis, (title, names) in zip(axes, panels.items()):
-        for name in names:
-            axis.plot("step", name, data=columns, marker=".")
+    """The log lines -> a picture of the numbers against the step; null is a gap."""
+    panels = {"training loss, held-out energies": "loss energy_matched energy_mismatched energy_position",
+              "pair accuracy (chance: 0.5)": "pair_accuracy",
+              "std over held-out images": "target_std prediction_std",
+              "effective rank of the targets": "target_rank"}
+    figure = Figure((16, 3.2), layout="tight")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name in names.split():
+            axis.plot([line["step"] for line in log], [line[name] for line in log], marker=".", label=name)
         axis.set(xlabel="optimiser step", title=title)
         axis.legend()
-    axes[1].axhline(0.5, color="grey", linewidth=0.8)  # chance
     figure.savefig(path, dpi=100)
 
 
@@ -718,7 +666,7 @@ def plot_energies(energies, path):
     axis = figure.subplots()
     own, other = energies.diagonal(), energies[~torch.eye(len(energies), dtype=torch.bool)]
     axis.hist((own.numpy(), other.numpy()), 40, density=True, histtype="stepfilled", alpha=0.6,
-              label=(f"matched ({len(own)})", f"mismatched ({len(other)})"))
+              label=("matched", "mismatched"))
     axis.set(xlabel="energy", ylabel="density of pairs", title="held-out images and captions")
     axis.legend()
     figure.savefig(path, dpi=100)
@@ -745,24 +693,25 @@ def plot_masks(pictures, captions, grid, path):
         dark[masks.context[0]] = 0
         axes[1].imshow(np.zeros(grid), "gray", alpha=dark.reshape(grid), extent=(0, grid[1], grid[0], 0))
         for block, colour in zip(masks.target[0].tolist(), ("red", "gold", "cyan", "magenta")):
-            (top, left), (bottom, right) = divmod(block[0], grid[1]), divmod(block[-1], grid[1])
-            axes[2].add_patch(Rectangle((left, top), right + 1 - left, bottom + 1 - top, fill=False,
-                                        edgecolor=colour, linewidth=2))
+            height = (block[-1] - block[0]) // grid[1] + 1
+            top, left = divmod(block[0], grid[1])
+            outline = Rectangle((left, top), len(block) / height, height, fill=False, ec=colour, lw=2)
+            axes[2].add_patch(outline)
     figure.savefig(path, dpi=100)
 
 
-def plot_maps(pictures, grid, maps, titles, path):
-    """R PIL images, maps [R, 2, N] and R pairs of titles -> the energy of each patch with either caption, and
-    by how much that with the second is higher."""
+def plot_maps(net, pictures, features, titles, path):
+    """PIL images, features and titles of two pairs of each -> the energy of each patch, the difference."""
+    maps = energy_maps(net, *features).unflatten(-1, net.grid).unflatten(0, (-1, 2)).numpy()
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
-    for axes, picture, pair, captions in zip(rows, pictures, maps.unflatten(-1, grid).numpy(), titles):
-        show(axes[0], picture, "picture", grid)
+    for axes, picture, pair, captions in zip(rows, pictures, maps, np.reshape(titles, (-1, 2))):
+        show(axes[0], picture, "picture", net.grid)
         for axis, energies, caption in zip(axes[1:], pair, captions):
-            show(axis, energies, caption, grid, vmin=0, vmax=pair.max())
+            show(axis, energies, caption, net.grid, vmin=0, vmax=pair.max())
         gap = pair[1] - pair[0]
         most = abs(gap).max()
-        show(axes[3], gap, "second minus first", grid, cmap="coolwarm", vmin=-most, vmax=most)
+        show(axes[3], gap, "second minus first", net.grid, cmap="coolwarm", vmin=-most, vmax=most)
     figure.suptitle("energy of each patch, given the caption above it")
     figure.savefig(path, dpi=100)
 
@@ -770,14 +719,15 @@ def plot_maps(pictures, grid, maps, titles, path):
 def run(argv=None):
     """The command line -> exit code, see data.run_command."""
     args = parse_args(argv)
-    command = evaluate if args.eval else bench if args.bench else main
-    if command is main and (not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"):
+    command = main
+    if args.eval:
+        command = evaluate
+    elif args.bench:
+        command = bench
+    elif not dist.is_torchelastic_launched() or os.environ["RANK"] == "0":
         command = data.locked(args.out)(main)  # one process writes
     to_lower = "--batch_size or --held_out, or raise --accumulate, which gives the same result"
-    code = data.run_command(lambda: command(args), to_lower)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
+    return data.run_command(lambda: command(args), to_lower)
 
 
 if __name__ == "__main__":

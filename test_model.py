@@ -1248,7 +1248,7 @@ def test_pretrains_help_tells_each_option_and_its_default():
 
 def test_bench_prints_its_figures_and_needs_no_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain.median_seconds, "__defaults__", (4, 60))  # rounds, seconds
+    monkeypatch.setattr(pretrain.time_parts, "__defaults__", (4, 60))  # rounds, seconds
     done = call(pretrain, "--bench", "--batch_size", 8, "--accumulate", 2, "--epochs", 3, "--max_images", 80,
                 "--held_out", 8, "--posts", 70, "--device", "cpu")
     assert not list(tmp_path.iterdir())
@@ -1269,7 +1269,7 @@ def test_bench_prints_its_figures_and_needs_no_data(tmp_path, monkeypatch):
 
 
 def test_bench_says_which_accumulate_fits_the_memory(monkeypatch):
-    monkeypatch.setattr(pretrain.median_seconds, "__defaults__", (1, 1))
+    monkeypatch.setattr(pretrain.time_parts, "__defaults__", (1, 1))
     forward = model.TIJEPA.forward
 
     def full(net, s_image, *rest):
