@@ -227,9 +227,8 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
     """Train X~ and the head from the probe on, with its class weights -> (Classifier, its choice).
 
     A learning rate is tried until the first epoch that is worse on validation by cross-entropy (of a few
-    hundred posts, accuracy hardly tells two epochs apart). The best epoch of all is kept; 0 is the probe. A
-    step takes a random 16th of the patches: a token does not depend on the others, so their mean is on average
-    that of all."""
+    hundred posts, accuracy hardly tells two epochs apart). The best epoch of all is kept; 0 is the probe.
+    Steps take a random 16th of the patches: a token does not depend on others, so the mean is unbiased."""
     weights = class_weights(torch.from_numpy(y[train]))[int(choice["balanced"])].to(net.device)
     classifier = Classifier(net, encoder, probe)
     start = best = copy.deepcopy(classifier.state_dict())
@@ -321,8 +320,8 @@ def score(y, predicted, seeds):
 
 
 def bootstrap(gains, posts, draws=2000):
-    """Tests [T] of these posts, 1 where only one row is right, -1 where only another is, else 0 -> in points of
-    accuracy [difference, low, high], a 95 % interval over resampled posts, each with its tests by all seeds."""
+    """Tests [T] of these posts, 1 where only one row is right, -1 where only another is, else 0 -> points of
+    accuracy [difference, low, high], a 95 % interval over resampled posts, each with all seeds' tests."""
     _, index, counts = np.unique(posts, return_inverse=True, return_counts=True)
     sums, P = np.bincount(index, gains), len(counts)
     times = np.random.default_rng(0).multinomial(P, np.full(P, 1 / P), size=draws)  # [draws, P]
@@ -461,7 +460,7 @@ def make_table(results, config, args, start_share):
 
 def ablation_table(folder):
     """The runs in `folder`/<variant>-<seed>, or UserError -> Markdown: mean ± standard deviation over seeds of
-    pretraining of what each variant ended with and of its accuracies, each a mean over the same splits."""
+    pretraining, of what a variant ended with and of accuracies, each a mean over the same splits."""
     measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
     # {row: (its variant, its column)}; what does not depend on pretraining is the same in all runs
     places = {PRETRAINED: ("", "X~"), ONLINE: ("", "X"), TUNED: ("", "X~ fine-tuned"),

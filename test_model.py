@@ -1778,7 +1778,7 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, pre
     scaler, scaled, losses, found = torch.amp.GradScaler, [], iter(range(99, 0, -1)), []
     monkeypatch.setattr(torch.amp, "GradScaler",
                         lambda device, enabled: scaled.append(enabled) or scaler(device, enabled=enabled))
-    monkeypatch.setattr(finetune_mvsa, "validate", lambda *rest: {"validation": 0, "loss": next(losses)})  # falls
+    monkeypatch.setattr(finetune_mvsa, "validate", lambda *rest: {"validation": 0, "loss": next(losses)})
     monkeypatch.setattr(finetune_mvsa, "LEARNING_RATES", (1e-3,))
     before = model.hash_weights(single.net.target_encoder)
     split = [part[single.y[part] != missing] for part in single.split]
@@ -1805,7 +1805,7 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, pre
 def test_the_best_epoch_on_validation_is_kept(single, monkeypatch, losses, kept):
     left = 6 * losses[:1] + losses[1:]  # the probe's is of one of the six in the grid
     monkeypatch.setattr(finetune_mvsa, "BATCH", 99)  # an epoch is one step, which adds 1 to the head's bias
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: self.param_groups[0]["params"][-1].data.add_(1))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda one: one.param_groups[0]["params"][-1].data.add_(1))
     monkeypatch.setattr(finetune_mvsa, "validate", lambda *rest: {"validation": 0, "loss": left.pop(0)})
     tuned, choice, start, _ = tune(single, 4, single.split)
     assert (choice["lr"], choice["epoch"], choice["loss"]) == kept and not left
