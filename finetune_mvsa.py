@@ -459,8 +459,8 @@ def make_table(results, config, args, start_share):
 
 
 def ablation_table(folder):
-    """The runs in `folder`/<variant>-<seed>, or UserError -> Markdown: mean ± standard deviation over seeds of
-    pretraining, of what a variant ended with and of accuracies, each a mean over the same splits."""
+    """The runs in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation, over seeds of pretraining,
+    of what a variant ended with and of accuracies, each a mean over the same splits. Or UserError."""
     measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
     # {row: (its variant, its column)}; what does not depend on pretraining is the same in all runs
     places = {PRETRAINED: ("", "X~"), ONLINE: ("", "X"), TUNED: ("", "X~ fine-tuned"),
