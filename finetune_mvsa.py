@@ -272,8 +272,8 @@ def predict(classifier, cache, part):
 
 
 def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
-    """Every row's probabilities for the test posts of one split: ({row: [P, 3]}, {row: choice}); counts
-    `seconds`. `probes` keeps the fitted ones of a split: but for the untrained X~ all seeds share them."""
+    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}; counts `seconds`.
+    `probes` keeps the fitted ones of a split: but for the untrained X~ all seeds share them."""
     train, validation, test = split
     found, choices = {}, {}
     for row in sum((ROWS[mode] for mode in ROWS if mode in args.mode), ()):
@@ -353,6 +353,9 @@ def judge(net, loaded, seconds, results, lines, args):
     sets = np.array([post.set for post in posts])
     labels = np.array([post.label for post in posts])
     splits, notes, repeated = split_posts(posts, args)
+    for kind in loaded:
+        if not all(kind in sets[test] for _, _, test in splits.values()):
+            raise UserError(f"a seed tests no post of {NAMES[kind]}: it has too few that can be read")
     code = [Path(file).read_bytes() for file in (__file__, model.__file__, data.__file__)]
     made_of = [cache.key, labels.tolist(), sorted(set(args.mode)), args.finetune_epochs, net.config.heads,
                *map(model.hash_weights, (net.target_encoder, net.context_encoder))]
@@ -381,8 +384,6 @@ def judge(net, loaded, seconds, results, lines, args):
     for kind, (_, skipped) in loaded.items():
         mine = np.flatnonzero(sets[tested] == kind)
         seed, post = by_seed[mine], tested[mine]
-        if len(set(seed)) < len(args.seeds):
-            raise UserError(f"a seed tests no post of {NAMES[kind]}: it has too few")
         y, new = labels[post], ~np.isin(post, repeated)
         scores, right = {}, {}
         for row, values in probabilities.items():
@@ -459,8 +460,8 @@ def make_table(results, config, args, start_share):
 
 
 def ablation_table(folder):
-    """The runs in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation, over seeds of pretraining,
-    of what a variant ended with and of accuracies, each a mean over the same splits. Or UserError."""
+    """The runs in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation over seeds of pretraining
+    of what a variant ended with and of accuracies, each a mean over the same splits. UserError for none."""
     measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
     # {row: (its variant, its column)}; what does not depend on pretraining is the same in all runs
     places = {PRETRAINED: ("", "X~"), ONLINE: ("", "X"), TUNED: ("", "X~ fine-tuned"),
