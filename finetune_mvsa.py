@@ -272,8 +272,8 @@ def predict(classifier, cache, part):
 
 
 def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
-    """One split's test posts -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}; adds to `seconds`.
-    `probes` keeps the fitted ones of a split: but for the untrained X~ all seeds share them."""
+    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}; counts
+    `seconds`. `probes` keeps the fitted ones of a split: but for the untrained X~ all seeds share them."""
     train, validation, test = split
     found, choices = {}, {}
     for row in sum((ROWS[mode] for mode in ROWS if mode in args.mode), ()):
