@@ -7,18 +7,12 @@ Writes to OUT, with the protocol in the name unless it is `standard`: the table 
 the last row's confusion matrix (confusion.png). predictions/ has those of each finished seed, to be reused.
 
 All choices are made on validation; the test posts are scored once. README.md explains protocols and modes.
-The scores, mean and standard deviation over seeds:
-
-    accuracy         share of test posts with the right label
-    weighted F1      F1 of each class, averaged by its number of posts: the "F1" that MVSA papers print
-    macro F1         F1 of each class, plain average: shows a class that is never found
+Weighted F1 is the "F1" of MVSA papers; macro F1, the mean over classes, shows one that is never found.
 """
 import argparse
 import copy
 import csv
-import io
 import json
-import math
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -46,16 +40,14 @@ UNTRAINED, PRETRAINED = "TI-JEPA, X~ untrained", "TI-JEPA, pretrained"
 ONLINE = "TI-JEPA, X in place of X~"
 NO_IMAGE, NO_TEXT = "TI-JEPA, pretrained, text alone", "TI-JEPA, pretrained, image alone"
 BOTH = "TI-JEPA, pretrained + concatenated"
-FINETUNED = {f"{row}, fine-tuned": row for row in (UNTRAINED, ONLINE, PRETRAINED)}  # where each starts from
-TUNED_UNTRAINED, _, TUNED = FINETUNED
+FINE_TUNED = ", fine-tuned"  # such a row starts from the probe of the row that its name begins with
+TUNED, TUNED_UNTRAINED = PRETRAINED + FINE_TUNED, UNTRAINED + FINE_TUNED
 ROWS = {"probe": (MAJORITY, TEXT, IMAGE, CONCAT, UNTRAINED, PRETRAINED, ONLINE, NO_IMAGE, NO_TEXT, BOTH),
-        "finetune": tuple(FINETUNED)}
-COMPARED = ((PRETRAINED, UNTRAINED), (PRETRAINED, CONCAT), (PRETRAINED, ONLINE), (TUNED, TUNED_UNTRAINED),
-            (TUNED, CONCAT))
-SCORES, MEASURES = ("accuracy", "weighted F1", "macro F1"), ("precision", "recall", "F1")
-REPORTED = {"single": (76.75, 74.62), "multi": (77.55, 75.02)}  # TI-JEPA-Large, by the paper
-WITHOUT_REPEATS = "accuracy without repeats"  # of training posts, in the published split
+        "finetune": (TUNED_UNTRAINED, ONLINE + FINE_TUNED, TUNED)}
+COMPARED = {PRETRAINED: (UNTRAINED, CONCAT, ONLINE), TUNED: (TUNED_UNTRAINED, CONCAT)}
+MEASURES = ("precision", "recall", "F1")
 NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}
+REPORTED = {"single": (76.75, 74.62), "multi": (77.55, 75.02)}  # TI-JEPA-Large, by the paper
 
 
 def parse_args(argv=None):
@@ -86,7 +78,7 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Posts -> features
+# Posts -> features and splits
 
 
 def untrained(net, seed):
@@ -108,7 +100,7 @@ def extract_features(net, cache, seeds):
     """The frozen features of all readable posts in one pass: {row: [P, D] array}; the untrained X~ of each
     seed under (row, seed). The empty picture is the mean colour, the empty text has no words."""
     encoders = {(UNTRAINED, seed): untrained(net, seed) for seed in seeds}
-    encoders.update({PRETRAINED: net.target_encoder, ONLINE: net.context_encoder})
+    encoders |= {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
     empty = net.frozen(torch.zeros(1, *net.image_encoder.data_config["input_size"]), [""])
     parts = []
     for s_image, s_text, mask in tqdm(batches(cache, cache.readable), desc="features"):
@@ -126,27 +118,25 @@ def extract_features(net, cache, seeds):
     return features
 
 
-def split_posts(posts, protocol, split, seeds):
-    """Posts -> ({seed: (train, validation, test) indices}, notes on what was found, with `split` the test
+def split_posts(posts, args):
+    """Posts -> ({seed: (train, validation, test) indices}, notes on what was found, with --split the test
     posts that repeat a training post)."""
-    labels = [post.label for post in posts]
-    if split:
-        parts, notes = data.clmlf_split(split, posts)
-        repeated = data.repeats(posts, *parts)
-        for name, found in zip(("validation", "test"), repeated):
+    labels, seeds = [post.label for post in posts], args.seeds
+    if args.split:
+        parts, notes = data.clmlf_split(args.split, posts)
+        repeats = data.repeats(posts, *parts)
+        for name, found in zip(("validation", "test"), repeats):
             notes.update(f"{name} posts with the {what} of a training post" for what, _ in found)
-        return dict.fromkeys(seeds, parts), dict(notes), sorted({i for _, i in repeated[1]})
-    if protocol == "standard":
+        return dict.fromkeys(seeds, parts), notes, [i for _, i in repeats[1]]
+    if args.protocol == "standard":
         return {seed: data.stratified_split(labels, seed) for seed in seeds}, {}, []
-    if protocol == "grouped":
+    if args.protocol == "grouped":
         groups = data.duplicate_groups(posts)
         sizes = [size for size in np.bincount(groups).tolist() if size > 1]
         notes = {"groups of repeated posts": len(sizes), "posts in them": sum(sizes)}
         return {seed: data.grouped_split(labels, groups, seed) for seed in seeds}, notes, []
-    splits = {}
-    for seed in seeds:
-        train, validation, test = data.random_split(labels, seed)
-        splits[seed] = data.upsample(train, labels, seed), validation, test
+    drawn = {seed: data.random_split(labels, seed) for seed in seeds}
+    splits = {seed: (data.upsample(train, labels, seed), *rest) for seed, (train, *rest) in drawn.items()}
     return splits, {}, []
 
 
@@ -162,23 +152,22 @@ def class_weights(labels):
 
 
 def fit_probe(x, y, train, validation):
-    """Logistic regression on standardised features [P, D] of labels [P] -> (a Linear on the features as they
-    are, its choice from the grid with its validation accuracy). Both class weightings are fitted at once.
-    Raises UserError if the training posts all have one label.
+    """Logistic regression of labels [P] on standardised features [P, D] -> (a Linear on the features as they
+    are, its choice from the grid). Raises UserError if the training posts all have one label.
 
-    In the coordinates u = L^T w, L the Cholesky factor of a bound of the unweighted Hessian (Boehning 1992),
-    L-BFGS takes about 30 passes over the features for each C, and gives the same head as a slower solver."""
+    L-BFGS in the coordinates u = L^T w, L the Cholesky factor of a bound of the unweighted Hessian (Boehning
+    1992), takes about 30 passes over the features for each C, in which it fits both class weightings."""
     scaler, K, n, D = StandardScaler().fit(x[train]), len(data.LABELS), len(train), x.shape[1]
     labels = torch.from_numpy(y[train])
-    counts = labels.bincount(minlength=K)
-    if (counts > 0).sum() < 2:
+    there = torch.isin(torch.arange(K), labels)
+    if there.sum() < 2:
         raise UserError(f"all training posts are {data.LABELS[labels[0]]}: a head needs two labels")
+    never = torch.where(there, 0.0, -30.0)  # a label that no training post has stays impossible
     x_train = torch.from_numpy(scaler.transform(x[train]))  # [n, D] in float32, as x is
     weights = class_weights(labels)[:, labels].T  # [n, 2]
-    never = torch.where(counts > 0, 0.0, -30.0)  # a label that no training post has stays impossible
     gram = x_train.T @ x_train / n  # [D, D]
     w, bias = torch.zeros(D, 2 * K), torch.zeros(2, K, requires_grad=True)
-    fitted = [], []  # by class weighting
+    fitted = []
     for c in REGULARISATION:
         penalty = 1 / (c * n)
         L = torch.linalg.cholesky(gram / 2 + penalty * torch.eye(D))
@@ -197,22 +186,26 @@ def fit_probe(x, y, train, validation):
 
         optimizer.step(evaluate)
         w = torch.linalg.solve_triangular(L.T, u.detach(), upper=True)
-        for k, found in enumerate(fitted):
+        scaled = w.double() / torch.from_numpy(scaler.scale_)[:, None]  # [D, 2 * 3], of features as they are
+        for k, of_raw in enumerate(scaled.split(K, dim=1)):
             head = torch.nn.Linear(D, K).requires_grad_(False)
-            std = torch.from_numpy(scaler.scale_)
-            scaled = w.unflatten(1, (2, K))[:, k].double() / std[:, None]  # [D, 3]
-            head.weight.copy_(scaled.T)
-            head.bias.copy_(bias.detach()[k] + never - torch.from_numpy(scaler.mean_) @ scaled)
-            probabilities = probabilities_of(head, x[validation])
-            accuracy = metrics.accuracy_score(y[validation], probabilities.argmax(1))
-            loss = validation_loss(probabilities, y[validation])
-            found.append((head, {"C": c, "balanced": bool(k), "validation": accuracy, "loss": loss}))
-    return max(fitted[0] + fitted[1], key=lambda one: one[1]["validation"])  # of equals the first
+            head.weight.copy_(of_raw.T)
+            head.bias.copy_(bias.detach()[k] + never - torch.from_numpy(scaler.mean_) @ of_raw)
+            measured = validate(probabilities_of(head, x[validation]), y[validation])
+            fitted.append((head, {"C": c, "balanced": bool(k), **measured}))
+    # Of equals the first without class weights
+    return max(fitted, key=lambda one: (one[1]["validation"], not one[1]["balanced"]))
 
 
 def probabilities_of(head, x):
     """A head and features [P, D] -> [P, 3]"""
     return head(torch.from_numpy(x)).double().softmax(1).numpy()
+
+
+def validate(probabilities, y):
+    """Probabilities [V, 3] at labels [V] -> the two that choices go by: accuracy and mean cross-entropy."""
+    loss = -np.log(np.maximum(probabilities[np.arange(len(y)), y], 1e-7)).mean()
+    return {"validation": metrics.accuracy_score(y, probabilities.argmax(1)), "loss": float(loss)}
 
 
 class Classifier(torch.nn.Module):
@@ -221,22 +214,21 @@ class Classifier(torch.nn.Module):
 
     def __init__(self, net, encoder, probe):
         super().__init__()
-        self.autocast = net.autocast
-        self.encoder, self.head = (copy.deepcopy(part).requires_grad_(True) for part in (encoder, probe))
-        self.to(net.device)
+        self.autocast, self.encoder, self.head = net.autocast, copy.deepcopy(encoder), copy.deepcopy(probe)
+        self.requires_grad_(True).to(net.device)
 
     def forward(self, s_image, s_text, text_mask):
-        """As FusionEncoder -> logits [B, 3], in float32"""
         with self.autocast():
             pooled = self.encoder(s_image, s_text, text_mask).mean(1)  # [B, D]
-        return self.head(pooled.float())
+        return self.head(pooled.float())  # [B, 3], in float32
 
 
 def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, seed):
     """Train X~ and the head from the probe on, with its class weights -> (Classifier, its choice).
 
     A learning rate is tried until the first epoch that is worse on validation by cross-entropy (of a few
-    hundred posts, accuracy hardly tells two epochs apart). The best epoch of all is kept; 0 is the probe."""
+    hundred posts, accuracy hardly tells two epochs apart). The best epoch of all is kept; 0 is the probe.
+    Steps take a random 16th of the patches: a token does not depend on others, so the mean is unbiased."""
     weights = class_weights(torch.from_numpy(y[train]))[int(choice["balanced"])].to(net.device)
     classifier = Classifier(net, encoder, probe)
     start = best = copy.deepcopy(classifier.state_dict())
@@ -247,41 +239,29 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
         scaler = torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
         rng, lowest = np.random.default_rng(seed), first
         for epoch in range(1, epochs + 1):
-            train_epoch(classifier, optimizer, scaler, cache, y, rng.permutation(train), weights, rng)
-            probabilities = predict(classifier, cache, validation)
-            loss = validation_loss(probabilities, y[validation])
-            if loss < choice["loss"]:
+            order = rng.permutation(train)
+            labels = torch.from_numpy(y[order]).to(net.device).split(BATCH)
+            for y_batch, (s_image, *text) in zip(labels, batches(cache, cache.readable[order])):
+                B, N = s_image.shape[:2]
+                few = max(9, (N + 15) // 16)  # with 5 of the toy's 36, one random start in five did not learn
+                drawn = rng.random((B, N)).argsort(1)[:, :few]  # [B, few]
+                s_image = model.gather(s_image, torch.from_numpy(drawn).to(net.device))
+                loss = F.cross_entropy(classifier(s_image, *text), y_batch, weight=weights)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+            measured = validate(predict(classifier, cache, validation), y[validation])
+            if measured["loss"] < choice["loss"]:
                 best = copy.deepcopy(classifier.state_dict())
-                accuracy = metrics.accuracy_score(y[validation], probabilities.argmax(1))
-                choice = {**choice, "lr": lr, "epoch": epoch, "loss": loss, "validation": accuracy}
-            if loss > lowest:
+                choice = {**choice, "lr": lr, "epoch": epoch, **measured}
+            if measured["loss"] > lowest:
                 break
-            lowest = loss
+            lowest = measured["loss"]
     classifier.load_state_dict(best)
     return classifier, choice
-
-
-def validation_loss(probabilities, y):
-    """Mean cross-entropy of probabilities [V, 3] at labels [V]."""
-    return float(-np.log(np.maximum(probabilities[np.arange(len(y)), y], 1e-7)).mean())
-
-
-def train_epoch(classifier, optimizer, scaler, cache, y, order, weights, rng):
-    """One pass over the posts `order`, in mixed precision with float32 weights, each step on a random 16th of
-    the patches: a token does not depend on the others, so their mean is on average that of all."""
-    labels = torch.from_numpy(y[order]).to(weights.device).split(BATCH)
-    for y_batch, (s_image, *text) in zip(labels, batches(cache, cache.readable[order])):
-        B, N = s_image.shape[:2]
-        few = max(9, math.ceil(N / 16))  # with 5 of the toy's 36, one random start in five did not learn
-        drawn = rng.random((B, N)).argsort(1)[:, :few]  # [B, few]
-        s_image = model.gather(s_image, torch.from_numpy(drawn).to(s_image.device))
-        loss = F.cross_entropy(classifier(s_image, *text), y_batch, weight=weights)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
@@ -292,7 +272,7 @@ def predict(classifier, cache, part):
 
 
 def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
-    """Every row's probabilities for the test posts of one split: ({row: [P, 3]}, {row: choice}); counts
+    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}; counts
     `seconds`. `probes` keeps the fitted ones of a split: but for the untrained X~ all seeds share them."""
     train, validation, test = split
     found, choices = {}, {}
@@ -300,144 +280,128 @@ def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
         if row == MAJORITY:
             found[row] = np.eye(len(data.LABELS))[[np.bincount(y[train]).argmax()] * len(test)]
             continue
-        start = FINETUNED.get(row, row)
+        start = row.removesuffix(FINE_TUNED)
         key = (start, seed) if start == UNTRAINED else start
         if key not in probes:
             with data.timed(seconds, "probes"):
                 probes[key] = fit_probe(features[key], y, train, validation)
         head, choices[row] = probes[key]
-        if start == row:
+        if row == start:
             found[row] = probabilities_of(head, features[key][test])
             continue
         encoders = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
-        encoder = encoders[start] if start in encoders else untrained(net, seed)
+        encoder = encoders.get(start) or untrained(net, seed)
         with data.timed(seconds, "fine-tuning"):
             classifier, choices[row] = finetune(net, encoder, head, choices[row], cache, y, train, validation,
                                                 args.finetune_epochs, seed)
             found[row] = predict(classifier, cache, test)
-    return found, choices
-
-
-def predictions(net, cache, y, splits, hashes, name, seconds, args):
-    """The predictions of all seeds: ({row: [seeds, P, 3], nan where a post is not tested}, {row: {seed:
-    choice}}). Those of a seed are read back from OUT/predictions if all that they depend on is the same."""
-    code = [Path(file).read_bytes() for file in (__file__, model.__file__, data.__file__)]
-    encoder = [*map(model.hash_weights, (net.target_encoder, net.context_encoder)), net.config.heads]
-    options = [sorted(set(args.mode)), args.finetune_epochs]
-    features, probes, probabilities, choices = None, defaultdict(dict), {}, {}
-    for s, (seed, split) in enumerate(tqdm(splits.items(), desc="seeds")):
-        path = Path(args.out) / "predictions" / f"{args.protocol}-{name}-{seed}.json"
-        made_from = data.digest(*code, [encoder, cache.key, y.tolist(), options, seed, hashes[seed]])
-        try:
-            kept = json.loads(path.read_text())
-            valid = kept["made_from"] == made_from
-        except (OSError, ValueError, KeyError, TypeError):  # not there, cut off, or something else
-            valid = False
-        if not valid:
-            took = Counter()
-            if not features:
-                with data.timed(took, "pool the features"):
-                    features = extract_features(net, cache, splits)
-            found, chosen = predict_rows(net, cache, features, y, split, seed, probes[hashes[seed]], took,
-                                         args)
-            found = {row: values.tolist() for row, values in found.items()}
-            kept = {"made_from": made_from, "choices": chosen, "probabilities": found, "seconds": took}
-            path.parent.mkdir(exist_ok=True)
-            data.write_json(path, kept)
-        for row, values in kept["probabilities"].items():
-            empty = np.full((len(splits), len(y), len(data.LABELS)), np.nan)
-            probabilities.setdefault(row, empty)[s, split[2]] = values
-        seconds.update(kept["seconds"])
-        for row, choice in kept["choices"].items():
-            choices.setdefault(row, {})[seed] = choice
-    return probabilities, choices
+    return {"probabilities": {row: values.tolist() for row, values in found.items()}, "choices": choices}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Predictions -> scores. Only here are test labels looked at
 
 
-def score(probabilities, y):
-    """[seeds, P, 3] of one row, nan where a post is not tested, and labels [P] -> {score: [% for each seed]},
-    "confusion" [3, 3] summed over seeds, and "classes": {label: {measure: [% for each seed]}}."""
-    every, confusion = range(len(data.LABELS)), 0
+def score(y, predicted, seeds):
+    """Labels, predictions and seeds [T] -> {score: [% for each seed]}, "confusion" [3, 3] of all seeds, and
+    "classes": {label: {measure: [% for each seed]}}."""
+    every = range(len(data.LABELS))
     scores, measures = [], []
-    for one in probabilities:
-        tested = ~np.isnan(one[:, 0])
-        pair = y[tested], one[tested].argmax(1)
+    for seed in dict.fromkeys(seeds):  # in their order
+        pair = y[seeds == seed], predicted[seeds == seed]
         f1 = [metrics.f1_score(*pair, average=average) for average in ("weighted", "macro")]
         scores.append([metrics.accuracy_score(*pair), *f1])
         measures.append(metrics.precision_recall_fscore_support(*pair, labels=every, zero_division=0)[:3])
-        confusion += metrics.confusion_matrix(*pair, labels=every)
-    scores = 100 * np.transpose(scores)  # [score, seed]
-    measures = 100 * np.transpose(measures, (2, 1, 0))  # [label, measure, seed]
-    classes = {label: dict(zip(MEASURES, found.tolist())) for label, found in zip(data.LABELS, measures)}
-    return {**dict(zip(SCORES, scores.tolist())), "confusion": confusion.tolist(), "classes": classes}
+    found = dict(zip(("accuracy", "weighted F1", "macro F1"), (100 * np.transpose(scores)).tolist()))
+    found["confusion"] = metrics.confusion_matrix(y, predicted, labels=every).tolist()
+    by_label = (100 * np.transpose(measures, (2, 1, 0))).tolist()  # [label, measure, seed]
+    found["classes"] = {label: dict(zip(MEASURES, values)) for label, values in zip(data.LABELS, by_label)}
+    return found
 
 
-def bootstrap(probabilities, other, y, draws=2000):
-    """Accuracy of one row minus that of another on the same test posts, in points: [difference, low, high], a
-    95 % interval over resampled posts. A post that several seeds test is drawn with all its predictions."""
-    tested = ~np.isnan(probabilities[:, :, 0])  # [seeds, P]
-    right, right_other = (np.nan_to_num(p).argmax(2) == y for p in (probabilities, other))
-    gains = np.where(tested, right * 1.0 - right_other, 0)  # [seeds, P]
-    posts = tested.any(0)
-    sums, counts = gains.sum(0)[posts], tested.sum(0)[posts]
-    equal = np.full(posts.sum(), 1 / posts.sum())
-    times = np.random.default_rng(0).multinomial(posts.sum(), equal, size=draws)  # [draws, posts]
+def bootstrap(gains, posts, draws=2000):
+    """Tests [T] of these posts, 1 where only one row is right, -1 where only another is, else 0 -> points of
+    accuracy [difference, low, high], a 95 % interval over resampled posts, each with all seeds' tests."""
+    _, index, counts = np.unique(posts, return_inverse=True, return_counts=True)
+    sums, P = np.bincount(index, gains), len(counts)
+    times = np.random.default_rng(0).multinomial(P, np.full(P, 1 / P), size=draws)  # [draws, P]
     low, high = np.percentile(times @ sums / (times @ counts), (2.5, 97.5))
-    return [100 * float(value) for value in (gains.sum() / tested.sum(), low, high)]
+    return [100 * float(value) for value in (gains.mean(), low, high)]
 
 
-def judge(net, folders, seconds, args):
-    """Folders {set: path} -> ({set: its part of results.json}, rows of predictions.csv); counts `seconds`."""
-    loaded = {kind: data.load_mvsa(folders[kind]) for kind in NAMES if kind in folders}
-    pools = {kind: [kind] for kind in loaded}
-    if args.protocol == "authors":
-        if len(loaded) < 2:
-            raise UserError(f"--protocol authors pools both sets; {args.mvsa} has only {' '.join(loaded)}")
-        pools = {"pooled": list(loaded)}
-    results, lines = {}, []
-    for name, kinds in pools.items():
-        posts = [post for kind in kinds for post in loaded[kind][0]]
-        items = [(post.image, [post.text]) for post in posts]
-        with data.timed(seconds, "encode the posts"):
-            cache = data.FeatureCache(args.cache, items, net, args.workers)
-        for i in cache.unreadable:
-            loaded[posts[i].set][1]["unreadable image"] += 1
-        posts = [posts[i] for i in cache.readable]
-        sets = np.array([post.set for post in posts])
-        labels = np.array([post.label for post in posts])
-        for kind in set(kinds) - set(sets):
-            raise UserError(f"no image of the posts of {NAMES[kind]} in {folders[kind]} can be read")
-        splits, notes, repeated = split_posts(posts, args.protocol, args.split, args.seeds)
-        for seed, (_, _, test) in splits.items():
-            for kind in set(kinds) - set(sets[test]):
-                raise UserError(f"seed {seed} tests no post of {NAMES[kind]}: it has too few")
-        hashes = {seed: data.digest([[(posts[i].set, posts[i].id) for i in part] for part in parts])[:16]
-                  for seed, parts in splits.items()}
-        probabilities, choices = predictions(net, cache, labels, splits, hashes, name, seconds, args)
-        for kind in kinds:
-            mine = np.flatnonzero(sets == kind)
-            y = labels[mine]
-            rows = {row: values[:, mine] for row, values in probabilities.items()}
-            results[kind] = {
-                "posts": len(y), "labels": dict(zip(data.LABELS, np.bincount(y, minlength=3).tolist())),
-                "skipped": dict(loaded[kind][1]), "choices": choices, "split_hash": hashes,
-                "split_sizes": [len(part) for part in splits[args.seeds[0]]], "split_notes": notes,
-                "scores": {row: score(values, y) for row, values in rows.items()},
-                "differences": {f"{a} minus {b}": bootstrap(rows[a], rows[b], y) for a, b in COMPARED
-                                if a in rows and b in rows}}
-            others = np.setdiff1d(splits[args.seeds[0]][2], repeated)  # with --split all seeds test the same
-            for row, values in rows.items():
-                if args.split and len(others):
-                    right = values[:, others].argmax(2) == y[others]  # [seeds, posts]
-                    results[kind]["scores"][row][WITHOUT_REPEATS] = (100 * right.mean(1)).tolist()
-                for s, p in np.argwhere(~np.isnan(values[:, :, 0])):
-                    one = values[s, p]
-                    lines.append((kind, args.seeds[s], row, posts[mine[p]].id, data.LABELS[y[p]],
-                                  data.LABELS[one.argmax()], *one.round(6)))
-    return results, lines
+def read_json(path):
+    """The object in a JSON file of ours, {} if it is not there or cut off."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def judge(net, loaded, seconds, results, lines, args):
+    """Split {set: (posts, skipped)} as one pool, predict, score: fills `seconds`, `results` {set: its part of
+    results.json} and the `lines` of predictions.csv. A seed's predictions are read back from OUT/predictions
+    if all that they depend on is the same."""
+    posts = [post for found, _ in loaded.values() for post in found]
+    items = [(post.image, [post.text]) for post in posts]
+    with data.timed(seconds, "encode the posts"):
+        cache = data.FeatureCache(args.cache, items, net, args.workers)
+    for i in cache.unreadable:
+        loaded[posts[i].set][1]["unreadable image"] += 1
+    if not len(cache.readable):
+        raise UserError(f"no image of {NAMES[posts[0].set]} in {posts[0].image.parent} can be read")
+    posts = [posts[i] for i in cache.readable]
+    sets = np.array([post.set for post in posts])
+    labels = np.array([post.label for post in posts])
+    splits, notes, repeated = split_posts(posts, args)
+    for kind in loaded:
+        if not all(kind in sets[test] for _, _, test in splits.values()):
+            raise UserError(f"a seed tests no post of {NAMES[kind]}: it has too few that can be read")
+    code = [Path(file).read_bytes() for file in (__file__, model.__file__, data.__file__)]
+    made_of = [cache.key, labels.tolist(), sorted(set(args.mode)), args.finetune_epochs, net.config.heads,
+               *map(model.hash_weights, (net.target_encoder, net.context_encoder))]
+    features, probes, hashes = None, defaultdict(dict), {}
+    tests, probabilities, choices = [], defaultdict(list), defaultdict(dict)
+    for seed, split in tqdm(splits.items(), desc="seeds"):
+        hashes[seed] = data.digest([[(posts[i].set, posts[i].id) for i in part] for part in split])[:16]
+        made_from = data.digest(*code, [*made_of, seed, hashes[seed]])
+        path = Path(args.out) / "predictions" / f"{args.protocol}-{'-'.join(loaded)}-{seed}.json"
+        kept = read_json(path)
+        if kept.get("made_from") != made_from:
+            took = Counter()
+            with data.timed(took, "pool the features"):
+                features = features or extract_features(net, cache, splits)
+            found = predict_rows(net, cache, features, labels, split, seed, probes[hashes[seed]], took, args)
+            kept = {"made_from": made_from, **found, "seconds": took}
+            path.parent.mkdir(exist_ok=True)
+            data.write_json(path, kept)
+        seconds.update(kept["seconds"])
+        tests += [(seed, i) for i in split[2]]
+        for row, values in kept["probabilities"].items():
+            probabilities[row] += values
+        for row, choice in kept["choices"].items():
+            choices[row][seed] = choice
+    by_seed, tested = np.transpose(tests)  # [T], the tests of all seeds
+    for kind, (_, skipped) in loaded.items():
+        mine = np.flatnonzero(sets[tested] == kind)
+        seed, post = by_seed[mine], tested[mine]
+        y, new = labels[post], ~np.isin(post, repeated)
+        scores, right = {}, {}
+        for row, values in probabilities.items():
+            values = np.array(values)[mine]  # [T, 3]
+            predicted = values.argmax(1)
+            right[row] = (predicted == y).astype(float)
+            scores[row] = score(y, predicted, seed)
+            if args.split and new.any():
+                scores[row]["accuracy without repeats"] = score(y[new], predicted[new], seed[new])["accuracy"]
+            for s, i, k, one in zip(seed, post, predicted, values.round(6)):
+                lines.append((kind, s, row, posts[i].id, data.LABELS[labels[i]], data.LABELS[k], *one))
+        counts = np.bincount(labels[sets == kind], minlength=len(data.LABELS)).tolist()
+        differences = {f"{a} minus {b}": bootstrap(right[a] - right[b], post)
+                       for a in COMPARED for b in COMPARED[a] if a in right and b in right}
+        results[kind] = {
+            "posts": sum(counts), "labels": dict(zip(data.LABELS, counts)), "skipped": skipped,
+            "choices": choices, "split_hash": hashes, "split_notes": notes, "scores": scores,
+            "split_sizes": [len(part) for part in splits[args.seeds[0]]], "differences": differences}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -446,6 +410,8 @@ def judge(net, folders, seconds, args):
 
 def mean_std(values, digits=2):
     """Numbers -> "mean ± standard deviation", with n - 1; of a single one, which has none, the number."""
+    if not values:
+        return ""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
@@ -471,92 +437,63 @@ def make_table(results, config, args, start_share):
             parts.append(f"Not measured: no {name} in {args.mvsa}.")
             continue
         found = results[kind]
+        row, last = list(found["scores"].items())[-1]
         pool = " of the pool, upsampled" if args.protocol == "authors" else ""
         notes = "".join(f"; {count} {what}" for what, count in found["split_notes"].items())
-        parts.append(f"{name}: {found['posts']} posts, skipped: {data.describe(found['skipped'])}; train, "
-                     f"validation, test {found['split_sizes']}{pool}{notes}")
-        columns = [key for key in (*SCORES, WITHOUT_REPEATS) if key in next(iter(found["scores"].values()))]
-        rows = [(row, *(mean_std(scores[key]) for key in columns)) for row, scores in found["scores"].items()]
+        columns = [key for key in last if key not in ("confusion", "classes")]
+        table = [(title, *(mean_std(scores[key]) for key in columns))
+                 for title, scores in found["scores"].items()]
         reported = "TI-JEPA-Large, *reported* in the paper, not measured here", *REPORTED[kind]
-        parts.append(markdown(("features", *columns), *rows, (*reported, *["–"] * (len(columns) - 2))))
-        rows = [(pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
-                for pair, (gain, low, high) in found["differences"].items()]
-        if rows:
-            header = "difference in accuracy, same test posts", "points", "95 % interval over test posts"
-            parts.append(markdown(header, *rows))
-        row, scores = list(found["scores"].items())[-1]
-        rows = []
-        for label, counts in zip(data.LABELS, scores["confusion"]):
-            means = [f"{np.mean(values):.1f}" for values in scores["classes"][label].values()]
-            rows.append((label, *counts, *means))
-        parts.append(f"{row}, all seeds together:")
-        parts.append(markdown(("true \\ predicted", *data.LABELS, *MEASURES), *rows))
+        parts += [f"{name}: {found['posts']} posts, skipped: {data.describe(found['skipped'])}; train, "
+                  f"validation, test {found['split_sizes']}{pool}{notes}",
+                  markdown(("features", *columns), *table, (*reported, *["–"] * (len(columns) - 2)))]
+        differences = [(pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
+                       for pair, (gain, low, high) in found["differences"].items()]
+        confusion = []
+        for label, counts in zip(data.LABELS, last["confusion"]):
+            means = [f"{np.mean(values):.1f}" for values in last["classes"][label].values()]
+            confusion.append((label, *counts, *means))
+        header = "difference in accuracy, same test posts", "points", "95 % interval over test posts"
+        parts += [markdown(header, *differences), f"{row}, all seeds together:",
+                  markdown(("true \\ predicted", *data.LABELS, *MEASURES), *confusion)]
     return "\n\n".join(parts) + "\n"
 
 
-def plot_confusion(results, path, args):
-    """The confusion matrices of the last row, a picture for each set, posts of all seeds together."""
-    figure = Figure((4 * len(results), 3.6), layout="tight")
-    for axis, (kind, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
-        row, scores = list(found["scores"].items())[-1]
-        matrix = metrics.ConfusionMatrixDisplay(np.array(scores["confusion"]), display_labels=data.LABELS)
-        matrix.plot(ax=axis, cmap="Blues", colorbar=False).ax_.set_title(NAMES[kind])
-    figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)
-    figure.savefig(path, dpi=100)
-
-
-def code_version():
-    """The git commit of this file's folder, with "+" if files were changed since, or "none"."""
-    command = "git describe --always --exclude='*' --abbrev=40 --dirty=+ || echo none"
-    folder = Path(__file__).parent
-    return subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip()
-
-
 def ablation_table(folder):
-    """The runs of `make ablate` in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation, over the
-    seeds of pretraining, of what each variant ended with and of accuracies, each a mean over splits that are
-    the same for all runs. Raises UserError if there are none."""
+    """The runs in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation over seeds of pretraining
+    of what a variant ended with and of accuracies, each a mean over the same splits. UserError for none."""
     measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
+    # {row: (its variant, its column)}; what does not depend on pretraining is the same in all runs
+    places = {PRETRAINED: ("", "X~"), ONLINE: ("", "X"), TUNED: ("", "X~ fine-tuned"),
+              UNTRAINED: ("*untrained*", "X~"), TUNED_UNTRAINED: ("*untrained*", "X~ fine-tuned"),
+              CONCAT: (f"*{CONCAT}*", "X~")}
     table = defaultdict(lambda: defaultdict(list))  # {variant: {column: [a figure of each run]}}
-    for path in sorted(folder.glob("*-*/results.json")):
-        variant = path.parent.name.rpartition("-")[0]
-        # What does not depend on pretraining is the same in all runs.
-        places = {PRETRAINED: (variant, "X~"), ONLINE: (variant, "X"), TUNED: (variant, "X~ fine-tuned"),
-                  UNTRAINED: ("*untrained*", "X~"), TUNED_UNTRAINED: ("*untrained*", "X~ fine-tuned"),
-                  CONCAT: ("*text + image concatenated*", "X~")}
+    for out in sorted(path.parent for path in folder.glob("*-*/results.json")):
+        variant = out.name.rpartition("-")[0]
         try:
-            last = (path.parent / "log.jsonl").read_text().splitlines()[-1]
-            eval_json = (path.parent / "eval.json").read_text()
-            last, ended, judged = map(json.loads, (last, eval_json, path.read_text()))
+            last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+            ended, judged = (json.loads((out / file).read_text()) for file in ("eval.json", "results.json"))
             if not last["step"] == ended["step"] == judged["step"]:
                 raise ValueError("its files are of different steps")
+            ended["loss"] = last["loss"]
             for name in measured:
-                table[variant][name].append(float((last if name == "loss" else ended)[name]))
+                table[variant][name].append(float(ended[name]))
             for kind, found in judged["sets"].items():
-                for row in filter(places.get, found["scores"]):
-                    name, column = places[row]
+                for row in places.keys() & found["scores"]:
+                    shared, column = places[row]
                     accuracy = np.mean(found["scores"][row]["accuracy"])
-                    table[name][f"{column}, {NAMES[kind]}"].append(accuracy)
+                    table[shared or variant][f"{column}, {NAMES[kind]}"].append(accuracy)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{path.parent} is no finished run of this version: {error!r}") from error
+            raise UserError(f"{out} is no finished run of this version: {error!r}") from error
     if not table:
         raise UserError(f"--ablate {folder}: no <variant>-<seed>/results.json there; run `make ablate`")
     accuracies = sorted({column for found in table.values() for column in found} - set(measured))
     rows = []
     for name, found in sorted(table.items()):
-        cells = [mean_std(found[column], 3) if column in found else "" for column in measured]
-        cells += [mean_std(found[column], 1) if column in found else "" for column in accuracies]
+        cells = [mean_std(found[column], 3) for column in measured]
+        cells += [mean_std(found[column], 1) for column in accuracies]
         rows.append((name, max(map(len, found.values())), *cells))
     return markdown(("variant", "runs", *measured, *accuracies), *rows) + "\n"
-
-
-def seconds_of_eval(checkpoint):
-    """What `pretrain.py --eval` took, by its eval.json beside the checkpoint: a Counter, empty if none."""
-    try:
-        seconds = json.loads((Path(checkpoint).parent / "eval.json").read_text())["seconds"]
-        return Counter({stage: float(value) for stage, value in seconds.items()})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return Counter()
 
 
 def main(args):
@@ -568,27 +505,40 @@ def main(args):
     if args.split and args.protocol != "standard":
         raise UserError(f"--split is of the standard protocol, not of --protocol {args.protocol}")
     folders = data.find_mvsa(args.mvsa)  # before any model is loaded
+    if args.protocol == "authors" and len(folders) < 2:
+        raise UserError(f"--protocol authors pools both sets; {args.mvsa} has only {' '.join(folders)}")
+    loaded = {kind: data.load_mvsa(folders[kind]) for kind in NAMES if kind in folders}
+    pools = [loaded] if args.protocol == "authors" else [{kind: found} for kind, found in loaded.items()]
     device = model.pick_device(args.device)
     net, checkpoint = model.TIJEPA.from_checkpoint(args.checkpoint, args.image_weights, args.text_encoder)
     net.place(device, args.dtype)
     print(f"finetune_mvsa: {args.checkpoint}, {', '.join(map(str, folders.values()))}, {device}, {net.dtype}")
     with data.locked(args.out):
-        seconds = Counter(checkpoint["seconds"]) + seconds_of_eval(args.checkpoint)
-        results, lines = judge(net, folders, seconds, args)
+        evaluated = read_json(Path(args.checkpoint).parent / "eval.json")
+        seconds = Counter(checkpoint["seconds"]) + Counter(evaluated.get("seconds"))
+        results, lines = {}, [("set", "seed", "row", "id", "label", "prediction", *data.LABELS)]
+        for pool in pools:
+            judge(net, pool, seconds, results, lines, args)
         table = make_table(results, net.config, args, checkpoint["start_share"])
         ending = "" if args.protocol == "standard" else f"_{args.protocol}"
         path = Path(args.out) / f"results{ending}.json"
         path.with_suffix(".md").write_text(table, encoding="utf-8")
-        header = ("set", "seed", "row", "id", "label", "prediction", *data.LABELS)
-        table_of_posts = io.StringIO()
-        csv.writer(table_of_posts).writerows([header, *lines])
-        data.atomic_write(path.with_name(f"predictions{ending}.csv"), table_of_posts.getvalue().encode())
-        plot_confusion(results, path.with_name(f"confusion{ending}.png"), args)
+        with open(path.with_name(f"predictions{ending}.csv"), "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(lines)
+        figure = Figure((4 * len(results), 3.6), layout="tight")  # the last row's confusion matrices
+        for axis, (kind, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
+            row, scores = list(found["scores"].items())[-1]
+            matrix = metrics.ConfusionMatrixDisplay(np.array(scores["confusion"]), display_labels=data.LABELS)
+            matrix.plot(ax=axis, cmap="Blues", colorbar=False).ax_.set_title(NAMES[kind])
+        figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)
+        figure.savefig(path.with_name(f"confusion{ending}.png"), dpi=100)
+        git = "git describe --always --exclude='*' --abbrev=40 --dirty=+ || echo none"  # +: changed since
+        code = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
         tools = ("torch", "timm", "transformers", "sklearn", "numpy")
         versions = {name: sys.modules[name].__version__ for name in tools}
         data.write_json(path, {  # the last file: when it is there, all are
             "sets": results, "reported": REPORTED, "args": vars(args), "model": vars(net.config),
-            "seeds": args.seeds, "code": code_version(), "device": str(device), "dtype": str(net.dtype),
+            "seeds": args.seeds, "code": code.stdout.strip(), "device": str(device), "dtype": str(net.dtype),
             "versions": {"python": sys.version.split()[0], **versions}, "step": checkpoint["step"],
             "start_share": checkpoint["start_share"], "seconds": seconds})
     print(f"\n{table}\nfinetune_mvsa: wrote {path.with_suffix('.md')} and the files beside it")

@@ -1734,8 +1734,7 @@ def test_nothing_that_is_chosen_or_trained_sees_a_test_label(single):
         y = single.y.copy()
         y[changed] = (y[changed] + 1) % 3
         given = single.net, single.cache, single.features, y, single.split, 0, {}, Counter(), args
-        found, choices = finetune_mvsa.predict_rows(*given)
-        return {row: values.tolist() for row, values in found.items()}, choices
+        return tuple(finetune_mvsa.predict_rows(*given).values())
 
     found, choices = learn(test[:0])
     assert tuple(found) == ROWS and learn(test) == (found, choices)
@@ -1782,7 +1781,7 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, pre
     scaler, scaled, losses, found = torch.amp.GradScaler, [], iter(range(99, 0, -1)), []
     monkeypatch.setattr(torch.amp, "GradScaler",
                         lambda device, enabled: scaled.append(enabled) or scaler(device, enabled=enabled))
-    monkeypatch.setattr(finetune_mvsa, "validation_loss", lambda *rest: next(losses))  # each epoch is better
+    monkeypatch.setattr(finetune_mvsa, "validate", lambda *rest: {"validation": 0, "loss": next(losses)})
     monkeypatch.setattr(finetune_mvsa, "LEARNING_RATES", (1e-3,))
     before = model.hash_weights(single.net.target_encoder)
     split = [part[single.y[part] != missing] for part in single.split]
@@ -1808,8 +1807,9 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, pre
     ([1.0, 1.1, 1.2], (None, 0, 1.0))])  # both make it worse: the probe itself
 def test_the_best_epoch_on_validation_is_kept(single, monkeypatch, losses, kept):
     left = 6 * losses[:1] + losses[1:]  # the probe's is of one of the six in the grid
-    monkeypatch.setattr(finetune_mvsa, "train_epoch", lambda one, *rest: one.head.bias.data.add_(1))
-    monkeypatch.setattr(finetune_mvsa, "validation_loss", lambda *rest: left.pop(0))
+    monkeypatch.setattr(finetune_mvsa, "BATCH", 99)  # an epoch is one step, which adds 1 to the head's bias
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda one: one.param_groups[0]["params"][-1].data.add_(1))
+    monkeypatch.setattr(finetune_mvsa, "validate", lambda *rest: {"validation": 0, "loss": left.pop(0)})
     tuned, choice, start, _ = tune(single, 4, single.split)
     assert (choice["lr"], choice["epoch"], choice["loss"]) == kept and not left
     assert torch.allclose(tuned.head.bias, start.head.bias + kept[1])
@@ -1830,14 +1830,14 @@ def test_rows_without_a_modality_or_without_training_are_that(single):
 
 
 def test_bootstrap_by_hand():
-    y, each = np.zeros(200, dtype=int), np.arange(200)
-    new, old = (np.stack([np.eye(3)[np.where(right, 0, 1)]] * 2) for right in (each % 4 != 0, each % 2 == 0))
-    difference, low, high = finetune_mvsa.bootstrap(new, old, y)
+    each = np.tile(np.arange(200), 2)  # two seeds
+    new, old = each % 4 != 0, each % 2 == 0
+    difference, low, high = finetune_mvsa.bootstrap(new * 1.0 - old, each)
     assert difference == pytest.approx(25)  # right in 150 against 100 of 200
     # gains of +1 (100 posts), 0 (50), -1 (50), the same in both seeds: the deviation of their mean
     deviation = 100 * (((100 * 0.75 ** 2 + 50 * 0.25 ** 2 + 50 * 1.25 ** 2) / 200) / 200) ** 0.5
     assert [low - 25, high - 25] == pytest.approx([-1.96 * deviation, 1.96 * deviation], abs=1.5)
-    assert finetune_mvsa.bootstrap(new, new, y) == [0, 0, 0]
+    assert finetune_mvsa.bootstrap(new * 1.0 - new, each) == [0, 0, 0]
 
 
 def recompute(folder, ending=""):
