@@ -330,11 +330,12 @@ def bootstrap(gains, posts, draws=2000):
 
 
 def read_json(path):
-    """The object in a JSON file of ours, {} if it is not there or cut off."""
+    """The object in a JSON file of ours, {} if it is not there, cut off or something else."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def judge(net, loaded, seconds, results, lines, args):
