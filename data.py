@@ -4,9 +4,6 @@
     python data.py check --coco DIR --mvsa DIR  look for both, and say what is missing and where to get it
     python data.py coco DIR --images 10000      fetch COCO's captions and its first 10,000 images (0: all)
     python data.py weights DIR --preset small   fetch f_I's weights
-
-One image-caption pair: COCO's json -> `load_coco` -> `FeatureCache` encodes it with f_I and f_T, once ->
-`epoch_order` draws its caption -> `FeatureCache.batches` reads its features -> the loop in pretrain.py.
 """
 import argparse
 import errno
@@ -23,10 +20,10 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from http.client import HTTPException
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import quote
@@ -36,11 +33,12 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 from model import PRESETS, UserError, load_vit
 
@@ -68,22 +66,16 @@ def number(kind, least, most=sys.float_info.max):
     return {"type": parse, "metavar": shown}
 
 
-class Unbreakable:
+class Unbreakable(ObjectWrapper):
     """A text stream that ends no run: silent once its pipe is closed, ? for what its encoding lacks."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
     def write(self, text):
-        encoding = self.stream.encoding or "utf-8"
+        encoding = self.encoding or "utf-8"
         try:
-            self.stream.write(text.encode(encoding, "replace").decode(encoding))
-            self.stream.flush()
+            self._wrapped.write(text.encode(encoding, "replace").decode(encoding))
+            self.flush()
         except OSError:  # a closed pipe, a lost terminal, a full disk
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
 def run_command(command, memory):
@@ -141,10 +133,9 @@ def atomic_write(path, content):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not name the file
+        part.unlink(missing_ok=True)  # it would be in the way on a full disk, which does not name the file
+        error.filename = error.filename or str(path)
         raise
-    finally:
-        part.unlink(missing_ok=True)  # only after an error: on a full disk it would be in the way
 
 
 def write_json(path, content):
@@ -196,11 +187,6 @@ def describe(counts):
 NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error,
                 Image.DecompressionBombError)
 
-# EXIF orientation -> the turn upright; Pillow's exif_transpose stops at any other corrupt field
-TURN = Image.Transpose
-TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
-         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
-
 
 def image_transform(data_config):
     """PIL image -> [3, H, W] by timm's data config; squashed, as in the authors' scripts, not cropped:
@@ -218,13 +204,13 @@ def read_image(path, size=None):
             image.draft(None, (2 * max(size), 2 * max(size)))  # does nothing for other formats
         image.load()
         try:
-            turn = TURNS.get(image.getexif().get(0x0112))
+            image.getexif()  # it is kept; of the raw bytes exif_transpose would write a copy,
+            image.info.pop("exif", None)  # which any corrupt field stops
+            image = ImageOps.exif_transpose(image)
         except (*NOT_AN_IMAGE, LookupError, TypeError):  # the EXIF part is corrupt, the picture may be good
-            turn = None
+            pass
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        if turn is not None:
-            image = image.transpose(turn)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
@@ -237,7 +223,7 @@ def read_image(path, size=None):
 def find_coco(root):
     """COCO 2017's (image folder, caption file) below `root`, or a UserError that names what is missing."""
     images, captions = Path(root) / "train2017", Path(root) / "annotations" / "captions_train2017.json"
-    missing = [str(images)] * (not images.is_dir()) + [str(captions)] * (not captions.is_file())
+    missing = [str(path) for path in (images, captions) if not path.exists()]
     if missing:
         raise UserError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
     return images, captions
@@ -255,14 +241,12 @@ def parse_captions(content, name):
             text.encode()  # raises for half of a surrogate pair, which no tokenizer takes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name} is not a COCO caption file: {error!r}; {COCO_HELP}") from error
-    for what, values in zip(("image id", "file"), zip(*images)):
-        value, count = Counter(values).most_common(1)[0]
-        if count > 1:
-            raise UserError(f"{name} lists {what} {value} twice")
-    captions = {}
+    files, captions = dict(images), {}
+    if not len(images) == len(files) == len(set(files.values())):
+        raise UserError(f"{name} lists an image id or a file name twice")
     for image, caption in notes:
         captions.setdefault(image, []).append(caption)
-    return dict(images), captions
+    return files, captions
 
 
 def load_coco(root, limit=0):
@@ -271,14 +255,11 @@ def load_coco(root, limit=0):
     folder, annotations = find_coco(root)
     files, captions = parse_captions(annotations.read_bytes(), annotations)
     on_disk = {path.name for path in folder.iterdir()}
-    items, skipped = [], Counter({"captioned image not listed": len(captions.keys() - files.keys())})
-    for image, name in sorted(files.items()):
-        if name not in on_disk:
-            skipped["image not on disk"] += 1
-        elif image not in captions:
-            skipped["image without caption"] += 1
-        else:
-            items.append((folder / name, captions[image]))
+    there = {image: folder / name for image, name in sorted(files.items()) if name in on_disk}
+    items = [(path, captions[image]) for image, path in there.items() if image in captions]
+    skipped = Counter({"captioned image not listed": len(captions.keys() - files.keys()),
+                       "image not on disk": len(files) - len(there),
+                       "image without caption": len(there) - len(items)})
     if not items:
         raise UserError(f"no image of {folder} has a caption in {annotations}; skipped: {describe(skipped)}")
     return items[:limit or None], +skipped  # without zeros
@@ -326,108 +307,103 @@ class FeatureCache:
     """
 
     def __init__(self, root, items, net, workers):
-        self.items, self.device, self.dtype = items, net.device, net.dtype
+        self.items, self.net = items, net
         with ThreadPoolExecutor(workers) as pool:
             self.digests = list(pool.map(lambda item: digest(digest(read_file(item[0])), item[1]), items))
-        self.texts = [text for _, captions in items for text in captions]
+        texts = [text for _, captions in items for text in captions]
         tokens = []
-        for n in range(0, len(self.texts), 1000):  # all at once would take GBs
-            tokens += map(len, net.text_encoder.tokenize(self.texts[n:n + 1000])["input_ids"])
+        for n in range(0, len(texts), 1000):  # all at once would take GBs
+            tokens += map(len, net.text_encoder.tokenize(texts[n:n + 1000])["input_ids"])
         self.offsets = np.cumsum([0, *tokens])
         self.first = np.cumsum([0, *(len(captions) for _, captions in items)])
+        self.size = net.image_encoder.data_config["input_size"][1:]
         self.transform = image_transform(net.image_encoder.data_config)
-        self.picture_size = net.image_encoder.data_config["input_size"][1:]
         self.encoders = net.fingerprint()
         self.key = digest([self.encoders, str(net.dtype), str(self.transform), self.digests])
         self.folder = Path(root) / self.key
-        patches = math.prod(net.grid)  # the files hold f_I's patches, and f_T's states of all texts' tokens
-        self.shapes = {"image.f16": (len(items), patches, net.image_encoder.dim),
-                       "text.f16": (sum(tokens), net.text_encoder.dim)}
+        self.shapes = {"image.f16": (math.prod(net.grid), net.image_encoder.dim),  # an image's patches by f_I
+                       "text.f16": (net.text_encoder.dim,)}  # a token by f_T
         with locked(self.folder, wait=True):
-            self.build(net, workers)
+            self.build(workers)
         unreadable = np.isnan(self.map("image.f16")[:, 0, 0])
         self.readable, self.unreadable = np.flatnonzero(~unreadable), np.flatnonzero(unreadable)
         most = net.text_encoder.max_tokens
         cut = sum(length >= most for length in tokens)
         note = f"; {cut} have {most} tokens or more: f_T reads {most}" if cut else ""
         print(f"features: {self.folder}, {len(items)} images ({len(self.unreadable)} unreadable), "
-              f"{len(self.texts)} texts{note}")
+              f"{len(texts)} texts{note}")
         self.on_device = {}
-        size = 2 * sum(map(math.prod, self.shapes.values()))  # bytes
-        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 2:
+        takes = sum(self.map(name).nbytes for name in self.shapes)
+        if net.device.type == "cuda" and takes < torch.cuda.mem_get_info(net.device)[0] / 2:
             for name in self.shapes:  # the other half is to train
-                self.on_device[name] = torch.from_numpy(np.array(self.map(name))).to(self.device)
+                self.on_device[name] = torch.from_numpy(np.array(self.map(name))).to(net.device)
 
-    def build(self, net, workers):
+    def build(self, workers):
         """Encode what is not there: both files grow chunk by chunk, each on the disk before the next one."""
         ends = np.append(np.arange(0, len(self.items), ENCODE_BATCH), len(self.items))  # of chunks, in items
-        rows = ends, self.offsets[self.first[ends]]  # and in rows of each file
-        sizes = [2 * math.prod(shape[1:]) * end for shape, end in zip(self.shapes.values(), rows)]  # in bytes
+        rows = np.stack([ends, self.offsets[self.first[ends]]])  # [2, chunks + 1], in rows of the two files
+        sizes = rows * [[2 * math.prod(shape)] for shape in self.shapes.values()]  # and in bytes
         finished = self.folder / "finished"
-        with ExitStack() as stack:
-            files = [stack.enter_context(open(self.folder / name, "ab")) for name in self.shapes]
-            if finished.exists() and all(size[-1] == file.tell() for size, file in zip(sizes, files)):
+        with (open(self.folder / "image.f16", "ab") as images, open(self.folder / "text.f16", "ab") as tokens,
+              ThreadPoolExecutor(workers) as pool):
+            there = np.array([[images.tell()], [tokens.tell()]])
+            if finished.exists() and (there == sizes[:, -1:]).all():
                 return
-            whole = min(np.searchsorted(size, file.tell(), "right") - 1 for size, file in zip(sizes, files))
-            whole = max(0, whole - 1)  # the last chunk may have its size, but not its bytes, on the disk
-            needed = sum(size[-1] - size[whole] for size in sizes)
-            for size, file in zip(sizes, files):
-                file.truncate(size[whole])
+            whole = (sizes <= there).all(0).sum() - 1  # chunks that are there
+            whole = max(0, whole - 1)  # the last one may have its size, but not its bytes, on the disk
+            images.truncate(sizes[0, whole])
+            tokens.truncate(sizes[1, whole])
+            needed = (sizes[:, -1] - sizes[:, whole]).sum()
             free = shutil.disk_usage(self.folder).free
             room = f"the cache takes {needed / 1e9:.3g} GB in {self.folder}, {free / 1e9:.3g} GB are free"
             print(room)
             if needed > free:
                 raise UserError(f"{room}: name another folder with --cache DIR")
-            chunks = range(whole, len(ends) - 1)
-            pool = stack.enter_context(ThreadPoolExecutor(workers))
-            decoded = read_ahead(lambda k: [*pool.map(self.decode, self.items[ends[k]:ends[k + 1]])], chunks)
-            for k, pictures in zip(tqdm(chunks, desc="encode", unit=f" x {ENCODE_BATCH} images"), decoded):
-                texts = self.texts[self.first[ends[k]]:self.first[ends[k + 1]]]
-                for file, size, features in zip(files, sizes, self.encode(net, pictures, texts)):
+            chunks = [self.items[start:end] for start, end in pairwise(ends[whole:])]
+            decoded = read_ahead(lambda chunk: list(pool.map(self.decode, chunk)), chunks)
+            for chunk, pictures in zip(tqdm(chunks, "encode", unit=f" x {ENCODE_BATCH} images"), decoded):
+                texts = [text for _, captions in chunk for text in captions]
+                for file, features in zip((images, tokens), self.encode(pictures, texts)):
                     file.write(features.numpy().tobytes())
                     file.flush()
                     os.fsync(file.fileno())
-                    assert file.tell() == size[k + 1]  # or all that follows would be misplaced
+            assert [images.tell(), tokens.tell()] == sizes[:, -1].tolist()  # or rows would be misplaced
         finished.touch()
 
     def decode(self, item):
         """An item's picture -> [3, H, W], or None if it cannot be read."""
         try:
-            return self.transform(read_image(item[0], self.picture_size))
+            return self.transform(read_image(item[0], self.size))
         except NOT_AN_IMAGE as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # too many open files, or the like: the picture is not to blame
             print(f"skipped, cannot be read: {item[0]} ({error})", file=sys.stderr)
 
-    def encode(self, net, pictures, texts):
-        """Decoded pictures and all their texts -> patches [B, N, D_I], NaN for a picture that cannot be read,
-        and tokens [T, D_T]. Raises UserError for features that float16 cannot hold."""
-        def half(features):
-            features = features.cpu().half()
-            if not features.isfinite().all():
-                raise UserError("the features of --image_encoder or --text_encoder do not fit float16")
-            return features
-
+    def encode(self, pictures, texts):
+        """Decoded pictures and all their texts -> float16 patches [B, N, D_I], NaN for a picture that cannot
+        be read, and tokens [T, D_T]."""
         readable = [i for i, picture in enumerate(pictures) if picture is not None]
-        s_image = torch.full((len(pictures), *self.shapes["image.f16"][1:]), math.nan, dtype=torch.float16)
+        s_image = torch.full((len(pictures), *self.shapes["image.f16"]), math.nan, dtype=torch.float16)
         if readable:
-            s_image[readable] = half(net.frozen_image(torch.stack([pictures[i] for i in readable])))
-        s_text = []
-        for n in range(0, len(texts), ENCODE_BATCH):
-            states, mask = net.frozen_text(texts[n:n + ENCODE_BATCH])  # [B, L, D_T], [B, L]
-            s_text.append(half(states[mask]))
-        return s_image, torch.cat(s_text)
+            images = torch.stack([pictures[i] for i in readable])
+            s_image[readable] = self.net.frozen_image(images).cpu().half()
+        batches = [texts[n:n + ENCODE_BATCH] for n in range(0, len(texts), ENCODE_BATCH)]
+        states = [states[mask] for states, mask in map(self.net.frozen_text, batches)]  # [L, D_T] of each mask
+        s_text = torch.cat(states).cpu().half()
+        if not (s_image[readable].isfinite().all() and s_text.isfinite().all()):
+            raise UserError("the features of --image_encoder or --text_encoder do not fit float16")
+        return s_image, s_text
 
     def map(self, name):
         """A file as an array on the disk; one that stays open grows in memory."""
-        return np.memmap(self.folder / name, np.float16, "r", shape=self.shapes[name])
+        return np.memmap(self.folder / name, np.float16, "r").reshape(-1, *self.shapes[name])
 
     def rows(self, name, index):
         """Rows [*index.shape, ...] of a file."""
         if self.on_device:
-            return self.on_device[name][torch.from_numpy(index).to(self.device)]
+            return self.on_device[name][torch.from_numpy(index).to(self.net.device)]
         rows = torch.from_numpy(self.map(name)[index])
-        return rows.pin_memory() if self.device.type == "cuda" else rows
+        return rows.pin_memory() if self.net.device.type == "cuda" else rows
 
     def read(self, draw):
         """(images [B], numbers of texts [B]) -> s_image [B, N, D_I], s_text [B, L, D_T], mask [B, L]"""
@@ -440,9 +416,10 @@ class FeatureCache:
 
     def batches(self, draws):
         """For each draw (see `read`) s_image and s_text on the device in its dtype, and text_mask."""
+        device, dtype = self.net.device, self.net.dtype
         for features in map(self.read, draws) if self.on_device else read_ahead(self.read, draws):
-            s_image, s_text, mask = (tensor.to(self.device, non_blocking=True) for tensor in features)
-            yield s_image.to(self.dtype), s_text.to(self.dtype) * mask[:, :, None], mask  # padding is 0
+            s_image, s_text, mask = (tensor.to(device, non_blocking=True) for tensor in features)
+            yield s_image.to(dtype), s_text.to(dtype) * mask[:, :, None], mask  # padding is 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -492,22 +469,22 @@ def read_labels(labels):
     except UnicodeDecodeError as error:
         raise UserError(f"{labels} is not the label file: {error}") from error
     lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
-    rows = [(n, [part.strip() for part in line.split("\t")])
-            for n, line in enumerate(lines, start=1) if line.strip()]
-    header = [part.lower().replace(" ", "") for part in rows[0][1]] if rows else []
+    rows = [(n, line.split("\t")) for n, line in enumerate(lines, start=1) if line.strip()]
+    header = [name.lower().replace(" ", "") for name in rows[0][1]] if rows else []
     columns = len(header) - 1
-    if header[:1] != ["id"] or set(header[1:]) != {"text,image"} or columns not in (1, 3):
+    if columns not in (1, 3) or header != ["id"] + ["text,image"] * columns:
         raise UserError(f"{labels}: the first line must be ID and one or three times text,image")
     kept, skipped = {}, {}
-    for line, (post, *votes) in rows[1:]:
-        votes = [tuple(word.strip().lower() for word in vote.split(",")) for vote in votes]
-        pairs = all(len(vote) == 2 and set(vote) <= set(LABELS) for vote in votes)
-        if not post or len(votes) != columns or not pairs:
-            raise UserError(f"{labels}, line {line}: not an id and {columns} times text,image of {LABELS}")
+    for n, (post, *votes) in rows[1:]:
+        post = post.strip()
+        words = [word.strip().lower() for vote in votes for word in vote.split(",")]
+        if not post or [vote.count(",") for vote in votes] != [1] * columns or not set(words) <= set(LABELS):
+            raise UserError(f"{labels}, line {n}: not an id and {columns} times text,image of {LABELS}")
         if post in kept or post in skipped:
-            raise UserError(f"{labels}, line {line}: id {post} is there a second time")
+            raise UserError(f"{labels}, line {n}: id {post} is there a second time")
         # What more than half of the annotators say of the text, and of the image
-        agreed = [word for part in zip(*votes) for word in LABELS if 2 * part.count(word) > columns]
+        sides = words[::2], words[1::2]
+        agreed = [word for side in sides for word in LABELS if 2 * side.count(word) > columns]
         label = merge_labels(*agreed) if len(agreed) == 2 else None
         if label:
             kept[post] = LABELS.index(label)
@@ -543,15 +520,20 @@ def load_mvsa(folder):
     return posts, skipped
 
 
-def stratified_split(labels, seed):
-    """Labels [P] -> indices of train, validation and test, 8:1:1, each with the whole's shares of classes."""
+def stratified_split(labels, seed, groups=None):
+    """Labels [P] -> indices of train, validation and test, 8:1:1, each with the whole's shares of classes;
+    with `groups` [P] as nearly as whole groups can."""
     labels, everything = np.asarray(labels), np.arange(len(labels))
     try:
+        if groups is not None:
+            folds = StratifiedGroupKFold(10, shuffle=True, random_state=seed).split(labels, labels, groups)
+            test, validation, *train = [test for _, test in folds]
+            return np.concatenate(train), validation, test
         train, rest = train_test_split(everything, test_size=0.2, random_state=seed, stratify=labels)
         validation, test = train_test_split(rest, test_size=0.5, random_state=seed, stratify=labels[rest])
+        return train, validation, test
     except ValueError as error:  # scikit-learn: a class has too few posts to be in every part
-        raise UserError(f"cannot split {len(labels)} posts 8:1:1 by label: {error}") from error
-    return train, validation, test
+        raise UserError(f"cannot split {len(labels)} posts 8:1:1: {error}") from error
 
 
 def random_split(labels, seed):
@@ -598,32 +580,20 @@ def duplicate_groups(posts):
     return connected_components(graph, directed=False)[1]
 
 
-def grouped_split(labels, groups, seed):
-    """Labels and groups [P] -> train, validation and test, nearly 8:1:1 and stratified, in whole groups."""
-    try:
-        folds = StratifiedGroupKFold(10, shuffle=True, random_state=seed).split(labels, labels, groups)
-        test, validation, *train = [test for _, test in folds]
-    except ValueError as error:
-        raise UserError(f"cannot split {len(labels)} posts by group: {error}") from error
-    return np.concatenate(train), validation, test
-
-
 def clmlf_split(folder, posts):
     """CLMLF's train.json, dev.json and test.json for `posts` of one set -> (indices of each, Counter of what
     did not match), or UserError. They lie in `folder` or below it; of several, as in CLMLF's repository, in
     the one whose path below it names the set ("single" or "multi")."""
     folder, kind = Path(folder), posts[0].set
     homes = [path.parent for path in sorted(folder.rglob("train.json"))]
-    named = [home for home in homes if kind in str(home.relative_to(folder)).lower()]
-    homes = named or homes
+    homes = [home for home in homes if kind in str(home.relative_to(folder)).lower()] or homes
     if len(homes) != 1:
         raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind} there or below, with "
                         f"'{kind}' in its path; found {len(homes)}: {', '.join(map(str, homes))}")
     index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
     for path in (homes[0] / name for name in ("train.json", "dev.json", "test.json")):
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-            listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
+            listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in json.loads(path.read_bytes())]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no list of id, text, emotion_label: {error!r}") from error
         here = [(index[post], label) for post, label in listed if post in index]
@@ -807,10 +777,8 @@ def fill(root, names, archive=""):
         except BadZipFile as error:
             raise UserError(f"{path} is broken: remove it and run again") from error
     with ThreadPool(16) as pool:  # of daemons: Ctrl-C waits for none of them
-        for problem in tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing):
-            failed += [problem] * bool(problem)
-            if len(failed) == 25:  # 100 tries: it is the network
-                break
+        problems = filter(None, tqdm(pool.imap(get, missing), "fetch", len(missing)))
+        failed = list(islice(problems, 25))  # after 100 tries it is the network
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} cannot be fetched: {', '.join(failed[:3])}; run "
                         "again, without a zip that is broken")

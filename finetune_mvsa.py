@@ -142,7 +142,7 @@ def split_posts(posts, protocol, split, seeds):
         groups = data.duplicate_groups(posts)
         sizes = [size for size in np.bincount(groups).tolist() if size > 1]
         notes = {"groups of repeated posts": len(sizes), "posts in them": sum(sizes)}
-        return {seed: data.grouped_split(labels, groups, seed) for seed in seeds}, notes, []
+        return {seed: data.stratified_split(labels, seed, groups) for seed in seeds}, notes, []
     splits = {}
     for seed in seeds:
         train, validation, test = data.random_split(labels, seed)

@@ -1049,7 +1049,7 @@ def test_splits_are_whole_and_keep_what_they_promise():
     rng = np.random.default_rng(0)
     labels, groups = rng.choice(3, 1000, p=[0.6, 0.1, 0.3]), np.arange(1000)
     groups[500:600] = np.repeat(np.arange(20), 5)  # and posts 0-19 with them
-    grouped = [data.grouped_split(labels, groups, seed) for seed in (0, 1)]
+    grouped = [data.stratified_split(labels, seed, groups) for seed in (0, 1)]
     stratified = [data.stratified_split(labels, seed) for seed in (0, 1)]
     drawn = [data.random_split(labels, seed) for seed in (0, 1)]
     for parts, other in (grouped, stratified, drawn):
