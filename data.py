@@ -26,7 +26,6 @@ from http.client import HTTPException
 from itertools import chain, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.parse import quote
 from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile
 
@@ -43,6 +42,7 @@ from tqdm.utils import ObjectWrapper
 from model import PRESETS, UserError, load_vit
 
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
+CAPTIONS = "annotations/captions_train2017.json"
 COCO_HELP = ("name its folder with --coco, run `make coco COCO=DIR`, or get train2017.zip and "
              "annotations_trainval2017.zip of cocodataset.org")
 MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
@@ -79,8 +79,8 @@ class Unbreakable(ObjectWrapper):
 
 
 def run_command(command, memory):
-    """command() -> its exit code, or 0. After a sentence: 2 for what the user can mend (`memory`: the options
-    to lower), 1 for a loss that is not finite, 130 for Ctrl-C."""
+    """command() -> its exit code, or after a sentence 2 for what the user can mend (`memory`: the options to
+    lower), 1 for a loss that is not finite, 130 for Ctrl-C."""
     nowhere = open(os.devnull, "w")  # for a process that was started without an output
     out, err = Unbreakable(sys.stdout or nowhere), Unbreakable(sys.stderr or nowhere)
     code = 2
@@ -181,7 +181,7 @@ def describe(counts):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Images
+# Images, and COCO's captions
 
 # What Pillow raises on files that are not the image they claim to be
 NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error,
@@ -189,8 +189,7 @@ NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct
 
 
 def image_transform(data_config):
-    """PIL image -> [3, H, W] by timm's data config; squashed, as in the authors' scripts, not cropped:
-    captions are about its edges, too."""
+    """PIL image -> [3, H, W]; squashed, as in the authors' scripts: captions are about the edges, too."""
     return timm.data.create_transform(**data_config, crop_pct=1.0, crop_mode="squash")
 
 
@@ -216,13 +215,9 @@ def read_image(path, size=None):
         return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# COCO captions
-
-
 def find_coco(root):
     """COCO 2017's (image folder, caption file) below `root`, or a UserError that names what is missing."""
-    images, captions = Path(root) / "train2017", Path(root) / "annotations" / "captions_train2017.json"
+    images, captions = Path(root) / "train2017", Path(root) / CAPTIONS
     missing = [str(path) for path in (images, captions) if not path.exists()]
     if missing:
         raise UserError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
@@ -250,8 +245,7 @@ def parse_captions(content, name):
 
 
 def load_coco(root, limit=0):
-    """COCO below `root` -> (items [(path, captions)] by image id, the first `limit` of them or all, and a
-    Counter of what cannot be used). Raises UserError if nothing is left."""
+    """COCO -> items [(path, captions)] by image id, the first `limit` or all; Counter of what is left out."""
     folder, annotations = find_coco(root)
     files, captions = parse_captions(annotations.read_bytes(), annotations)
     on_disk = {path.name for path in folder.iterdir()}
@@ -282,8 +276,7 @@ def hold_out(cache, count):
 
 
 def epoch_order(cache, train, seed, epoch):
-    """One epoch: (images `train` in a new order, the number of a random caption of each). A pure function: a
-    resumed run needs no state."""
+    """One epoch: (images `train` in a new order, the number of a random caption of each). It has no state."""
     rng = np.random.default_rng([seed, epoch])
     images = rng.permutation(train)
     return images, rng.integers(cache.first[images], cache.first[images + 1])
@@ -299,8 +292,8 @@ class FeatureCache:
     """The float16 features of `items` (path, texts), in a folder below `root`; built or completed if need be.
 
     The folder is named by a hash of encoders, precision, preprocessing and the contents, not the names, of
-    pictures and texts: a copy of the data needs no new cache, and other data never meet an old one. Price:
-    all pictures are read once at each start.
+    pictures and texts, which costs one reading of all pictures at each start: a copy of the data needs no new
+    cache, and other data never meet an old one.
 
     `readable` and `unreadable`: indices of items whose picture can be decoded, or not; `digests`: the items'
     hashes; `first` [I + 1]: each item's first text; `offsets` [texts + 1]: each text's first token.
@@ -321,8 +314,8 @@ class FeatureCache:
         self.encoders = net.fingerprint()
         self.key = digest([self.encoders, str(net.dtype), str(self.transform), self.digests])
         self.folder = Path(root) / self.key
-        self.shapes = {"image.f16": (math.prod(net.grid), net.image_encoder.dim),  # an image's patches by f_I
-                       "text.f16": (net.text_encoder.dim,)}  # a token by f_T
+        self.shapes = {"image.f16": (math.prod(net.grid), net.image_encoder.dim),  # of a row: a picture
+                       "text.f16": (net.text_encoder.dim,)}  # a token
         with locked(self.folder, wait=True):
             self.build(workers)
         unreadable = np.isnan(self.map("image.f16")[:, 0, 0])
@@ -349,8 +342,7 @@ class FeatureCache:
             there = np.array([[images.tell()], [tokens.tell()]])
             if finished.exists() and (there == sizes[:, -1:]).all():
                 return
-            whole = (sizes <= there).all(0).sum() - 1  # chunks that are there
-            whole = max(0, whole - 1)  # the last one may have its size, but not its bytes, on the disk
+            whole = max(0, (sizes <= there).all(0).sum() - 2)  # chunks; the last may be a size without bytes
             images.truncate(sizes[0, whole])
             tokens.truncate(sizes[1, whole])
             needed = (sizes[:, -1] - sizes[:, whole]).sum()
@@ -388,8 +380,8 @@ class FeatureCache:
             images = torch.stack([pictures[i] for i in readable])
             s_image[readable] = self.net.frozen_image(images).cpu().half()
         batches = [texts[n:n + ENCODE_BATCH] for n in range(0, len(texts), ENCODE_BATCH)]
-        states = [states[mask] for states, mask in map(self.net.frozen_text, batches)]  # [L, D_T] of each mask
-        s_text = torch.cat(states).cpu().half()
+        tokens = [states[mask] for states, mask in map(self.net.frozen_text, batches)]
+        s_text = torch.cat(tokens).cpu().half()
         if not (s_image[readable].isfinite().all() and s_text.isfinite().all()):
             raise UserError("the features of --image_encoder or --text_encoder do not fit float16")
         return s_image, s_text
@@ -454,8 +446,7 @@ def find_mvsa(root):
 
 
 def merge_labels(text, image):
-    """A post's label from those of its parts: neutral gives way, positive with negative gives None (Niu et
-    al. 2016, as in CLMLF and all later work)."""
+    """A post's label (Niu et al. 2016): neutral gives way, positive with negative gives None."""
     if text == image or image == "neutral":
         return text
     return image if text == "neutral" else None
@@ -537,19 +528,16 @@ def stratified_split(labels, seed, groups=None):
 
 
 def random_split(labels, seed):
-    """Labels [P] -> indices of train, validation and test, 8:1:1, at random: the authors' way."""
+    """As stratified_split, but at random, and with training posts repeated until all classes are as frequent:
+    the authors' way."""
+    labels, tenth = np.asarray(labels), len(labels) // 10
     order = np.random.default_rng(seed).permutation(len(labels))
-    tenth = len(order) // 10
-    return order[2 * tenth:], order[:tenth], order[tenth:2 * tenth]
-
-
-def upsample(train, labels, seed):
-    """Indices of training posts -> these, and random repeats until all classes are as frequent."""
-    rng, classes = np.random.default_rng(seed), np.asarray(labels)[train]
-    counts = np.bincount(classes)
-    repeated = [rng.choice(train[classes == label], counts.max() - count)
+    validation, test, train = np.split(order, [tenth, 2 * tenth])
+    counts = np.bincount(labels[train])
+    rng = np.random.default_rng(seed)
+    repeated = [rng.choice(train[labels[train] == label], counts.max() - count)
                 for label, count in enumerate(counts) if count]
-    return np.concatenate([train, *repeated])
+    return np.concatenate([train, *repeated]), validation, test
 
 
 def normalize_text(text):
@@ -593,7 +581,8 @@ def clmlf_split(folder, posts):
     index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
     for path in (homes[0] / name for name in ("train.json", "dev.json", "test.json")):
         try:
-            listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in json.loads(path.read_bytes())]
+            entries = json.loads(path.read_bytes())
+            listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no list of id, text, emotion_label: {error!r}") from error
         here = [(index[post], label) for post, label in listed if post in index]
@@ -649,22 +638,24 @@ def write_toy_coco(root, count, rng):
         (root / folder).mkdir(parents=True, exist_ok=True)
     images, notes = [], []
     for i in range(count + 2):
+        path = root / "train2017" / f"{i:012d}.jpg"
         things = rng.integers(3, size=(4, 2))
-        images.append({"id": i, "file_name": f"{i:012d}.jpg", "width": 48, "height": 48})
+        images.append({"id": i, "file_name": path.name, "width": 48, "height": 48})
         notes += [{"id": 5 * i + k, "image_id": i, "caption": toy_text(things, rng)} for k in range(5)]
         if i < count:
-            toy_image(things, rng).save(root / "train2017" / images[i]["file_name"], quality=92)
-    (root / "train2017" / images[count]["file_name"]).write_bytes(b"\xff\xd8 not a JPEG")
-    text = json.dumps({"images": images, "annotations": notes})
-    (root / "annotations" / "captions_train2017.json").write_text(text, encoding="utf-8")
+            toy_image(things, rng).save(path, quality=92)
+        elif i == count:
+            path.write_bytes(b"\xff\xd8 not a JPEG")
+    (root / CAPTIONS).write_text(json.dumps({"images": images, "annotations": notes}))
 
 
 def write_toy_mvsa(root, count, voters, rng):
     """MVSA's layout: `count` posts to keep; conflicts, missing majorities (Multi), a broken image, GBK."""
-    (root / "data").mkdir(parents=True, exist_ok=True)
-    rows, kept, number = [["ID"] + ["text,image"] * voters], 0, 0
+    folder = root / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, kept = [["ID"] + ["text,image"] * voters], 0
     while kept < count:
-        number += 1
+        number = len(rows)
         text, image = rng.integers(3, size=2)
         votes = [[text, image] for _ in range(voters)]
         if voters == 3:
@@ -678,12 +669,13 @@ def write_toy_mvsa(root, count, voters, rng):
         shown[rng.random(4) < 0.8, 0] = image  # the mood of most things in the picture
         named = rng.integers(3, size=(4, 2))
         named[0, 0] = text  # and of the one that the text names first
-        toy_image(shown, rng).save(root / "data" / f"{number}.jpg", quality=92)
+        toy_image(shown, rng).save(folder / f"{number}.jpg", quality=92)
         words = toy_text(named, rng) + " #caf\u00e9" * (number == 3)
-        (root / "data" / f"{number}.txt").write_bytes(words.encode("gb18030"))
-    rows.append([str(number + 1)] + ["positive,positive"] * voters)
-    (root / "data" / f"{number + 1}.txt").write_text("red bars")
-    (root / "data" / f"{number + 1}.jpg").write_bytes(b"")
+        (folder / f"{number}.txt").write_bytes(words.encode("gb18030"))
+    broken = folder / f"{len(rows)}.jpg"
+    broken.touch()
+    broken.with_suffix(".txt").write_text("red bars")
+    rows.append([broken.stem] + ["positive,positive"] * voters)
     (root / "labelResultAll.txt").write_bytes("".join("\t".join(row) + "\r\n" for row in rows).encode())
 
 
@@ -706,7 +698,7 @@ def write_toy(root, images=1100, posts=1000, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Downloads: each goes on where it was cut off
+# The commands. Downloads go on where they were cut off
 
 COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
 PAUSES = (0, 1, 4, 16)  # seconds before each try
@@ -765,7 +757,7 @@ def fill(root, names, archive=""):
             if archive:
                 atomic_write(root / name, opened.read(name))
             else:
-                fetch(f"{COCO_URL}/{quote(name)}", root / name)
+                fetch(f"{COCO_URL}/{name}", root / name)
         except (UserError, KeyError, BadZipFile, zlib.error) as error:  # KeyError: the zip lacks it
             return f"{name} ({error})"
 
@@ -786,10 +778,9 @@ def fill(root, names, archive=""):
 
 def fetch_coco(root, images):
     """Fetch the captions and images that load_coco(root, images) takes: one by one, or for 0 in one zip."""
-    captions = "annotations/captions_train2017.json"
     with locked(root):
-        fill(root, [captions], "annotations/annotations_trainval2017.zip")
-        files, captioned = parse_captions((root / captions).read_bytes(), root / captions)
+        fill(root, [CAPTIONS], "annotations/annotations_trainval2017.zip")
+        files, captioned = parse_captions((root / CAPTIONS).read_bytes(), root / CAPTIONS)
         names = [f"train2017/{Path(name).name}" for i, name in sorted(files.items()) if i in captioned]
         fill(root, names[:images or None], "" if images else "zips/train2017.zip")
 
@@ -808,10 +799,6 @@ def fetch_weights(root, preset):
         print(fetch(config.url, root / config.url.split("/")[-1], memory=1.25))  # a quarter more: f_I itself
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The commands
-
-
 def check(coco, mvsa):
     """Raises UserError for what is missing of both data sets."""
     missing = []
@@ -828,19 +815,18 @@ def run(argv=None):
     """The commands of the top of this file -> exit code, see run_command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="write the toy data",
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    toy = commands.add_parser("toy", help="write the toy data")
     toy.add_argument("root", metavar="dir", type=Path, help="folder to make; gets coco/ and mvsa/")
-    toy.add_argument("--images", **number(int, 1), default=1100, help="pictures with captions")
-    toy.add_argument("--posts", **number(int, 1), default=1000, help="posts of Single; Multi twice that")
-    toy.add_argument("--seed", **number(int, 0), default=0, help="the same seed gives the same bytes")
+    toy.add_argument("--images", **number(int, 1), default=1100, help="pictures with captions (1100)")
+    toy.add_argument("--posts", **number(int, 1), default=1000, help="of Single (1000); Multi has twice that")
+    toy.add_argument("--seed", **number(int, 0), default=0, help="the same seed (0) gives the same bytes")
     both = commands.add_parser("check", help="look for the data")
     both.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
     both.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
     coco = commands.add_parser("coco", help="fetch COCO 2017's captions and images")
     coco.add_argument("root", metavar="dir", type=Path, help="folder to make; gets train2017/, annotations/")
     coco.add_argument("--images", **number(int, 0), default=10000,
-                      help="the first so many that have captions (0: all, as one zip of 19 GB)")
+                      help="the first so many that have captions (10000; 0: all, as one zip of 19 GB)")
     weights = commands.add_parser("weights", help="fetch f_I's weights")
     weights.add_argument("root", metavar="dir", type=Path, help="folder to make; gets the file")
     weights.add_argument("--preset", required=True, choices=list(PRESETS)[1:])  # not the toy

@@ -143,11 +143,7 @@ def split_posts(posts, protocol, split, seeds):
         sizes = [size for size in np.bincount(groups).tolist() if size > 1]
         notes = {"groups of repeated posts": len(sizes), "posts in them": sum(sizes)}
         return {seed: data.stratified_split(labels, seed, groups) for seed in seeds}, notes, []
-    splits = {}
-    for seed in seeds:
-        train, validation, test = data.random_split(labels, seed)
-        splits[seed] = data.upsample(train, labels, seed), validation, test
-    return splits, {}, []
+    return {seed: data.random_split(labels, seed) for seed in seeds}, {}, []
 
 
 # ------------------------------------------------------------------------------------------------------------
