@@ -20,7 +20,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import chain, islice, pairwise
@@ -33,8 +33,7 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image, ImageOps
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.cluster.hierarchy import DisjointSet
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
@@ -153,18 +152,14 @@ def timed(seconds, stage):
 
 def digest(*contents):
     """A hash of bytes and of what JSON can hold, as 32 hexadecimal digits."""
-    found = hashlib.blake2b(digest_size=16)
-    for content in contents:
-        found.update(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return found.hexdigest()
+    parts = [content if isinstance(content, bytes) else json.dumps(content).encode() for content in contents]
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def read_file(path):
     """The bytes of a regular file, or None if it cannot be opened or is none (a pipe would never end)."""
-    try:
+    with suppress(OSError):
         return path.read_bytes() if path.is_file() else None
-    except OSError:
-        return None
 
 
 def read_ahead(load, keys):
@@ -215,15 +210,6 @@ def read_image(path, size=None):
         return image.convert("RGB")
 
 
-def find_coco(root):
-    """COCO 2017's (image folder, caption file) below `root`, or a UserError that names what is missing."""
-    images, captions = Path(root) / "train2017", Path(root) / CAPTIONS
-    missing = [str(path) for path in (images, captions) if not path.exists()]
-    if missing:
-        raise UserError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
-    return images, captions
-
-
 def parse_captions(content, name):
     """The bytes of caption file `name` -> ({image id: file name}, {image id: captions}), or UserError."""
     try:
@@ -245,8 +231,12 @@ def parse_captions(content, name):
 
 
 def load_coco(root, limit=0):
-    """COCO -> items [(path, captions)] by image id, the first `limit` or all; Counter of what is left out."""
-    folder, annotations = find_coco(root)
+    """COCO 2017 below `root` -> items [(path, captions)] by image id, the first `limit` of them or all, and a
+    Counter of what cannot be used. UserError if nothing is left."""
+    folder, annotations = Path(root) / "train2017", Path(root) / CAPTIONS
+    missing = [str(path) for path in (folder, annotations) if not path.exists()]
+    if missing:
+        raise UserError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
     files, captions = parse_captions(annotations.read_bytes(), annotations)
     on_disk = {path.name for path in folder.iterdir()}
     there = {image: folder / name for image, name in sorted(files.items()) if name in on_disk}
@@ -327,13 +317,12 @@ class FeatureCache:
               f"{len(texts)} texts{note}")
         self.on_device = {}
         takes = sum(self.map(name).nbytes for name in self.shapes)
-        if net.device.type == "cuda" and takes < torch.cuda.mem_get_info(net.device)[0] / 2:
-            for name in self.shapes:  # the other half is to train
-                self.on_device[name] = torch.from_numpy(np.array(self.map(name))).to(net.device)
+        if net.device.type == "cuda" and takes < torch.cuda.mem_get_info(net.device)[0] / 2:  # half: to train
+            self.on_device = {name: torch.tensor(self.map(name), device=net.device) for name in self.shapes}
 
     def build(self, workers):
         """Encode what is not there: both files grow chunk by chunk, each on the disk before the next one."""
-        ends = np.append(np.arange(0, len(self.items), ENCODE_BATCH), len(self.items))  # of chunks, in items
+        ends = [*range(0, len(self.items), ENCODE_BATCH), len(self.items)]  # of chunks, in items
         rows = np.stack([ends, self.offsets[self.first[ends]]])  # [2, chunks + 1], in rows of the two files
         sizes = rows * [[2 * math.prod(shape)] for shape in self.shapes.values()]  # and in bytes
         finished = self.folder / "finished"
@@ -488,10 +477,8 @@ def decode_text(content):
     """A raw post -> text: the files mix UTF-8 and GBK-family bytes."""
     utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # the GBK family would read it as other words
     for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030", "latin-1"):
-        try:
+        with suppress(UnicodeDecodeError):  # then the next one; Latin-1 takes whatever is left
             return content.decode(encoding).strip()
-        except UnicodeDecodeError:
-            pass  # the next encoding; Latin-1 takes whatever is left
 
 
 def load_mvsa(folder):
@@ -559,13 +546,12 @@ def repeats(posts, train, *parts):
 
 
 def duplicate_groups(posts):
-    """Posts -> [P] group numbers: one for all that are linked by the same image bytes or the same words."""
-    first, edges = {}, []
+    """Posts -> [P] the first of all posts that the same image bytes or the same words link to each."""
+    first, linked = {}, DisjointSet(range(len(posts)))
     for i, post in enumerate(posts):
-        edges += [(i, first.setdefault(key, i)) for key in post_keys(post)]
-    edges = np.array(edges)
-    graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(posts), len(posts)))
-    return connected_components(graph, directed=False)[1]
+        for key in post_keys(post):
+            linked.merge(i, first.setdefault(key, i))
+    return np.array([min(linked.subset(i)) for i in range(len(posts))])
 
 
 def clmlf_split(folder, posts):
@@ -601,11 +587,10 @@ def clmlf_split(folder, posts):
 # ------------------------------------------------------------------------------------------------------------
 # The toy world
 #
-# A picture is four things on grey, two above two; a thing is one of 3 colours in one of 3 patterns, all
-# equally likely: the rest of the picture does not tell a masked one. The caption names the four in reading
-# order, each colour by one of 12 words: what the words mean is seen only beside pictures. Colours have moods:
-# a post's picture has that of most of its things; its text, which speaks of other things, that of the thing
-# it names first. MVSA's rules make the label of both, so it needs both.
+# A picture is four things on grey, two above two, each of one of 3 colours in one of 3 patterns, all equally
+# likely: only the caption, which names the four in reading order, tells a masked one. A colour has 12 words,
+# whose meaning is seen only beside pictures, and a mood: a post's picture has that of most of its things, its
+# text that of the thing it names first, which is another. The label, by MVSA's rules, needs both.
 
 COLOURS = (  # in the order of LABELS: the moods
     ((60, 200, 60), "green lime olive emerald jade moss fern mint sage pine grass forest".split()),
@@ -716,8 +701,7 @@ def fetch(url, path, memory=0):
         except (OSError, HTTPException) as error:
             tries = 0 if part.exists() and part.stat().st_size > there else tries + 1
             if tries == len(PAUSES):
-                raise UserError(f"{url} ({error}) cannot be fetched: run again to go on, or remove "
-                                f"{part}") from error
+                raise UserError(f"{url} ({error}): run again to go on, or remove {part}") from error
             time.sleep(PAUSES[tries])
     return path
 
@@ -725,22 +709,20 @@ def fetch(url, path, memory=0):
 def fetch_rest(url, part, there, memory):
     """Append to `part`, of which `there` bytes are there, the rest. OSError or HTTPException if it breaks."""
     start = max(0, there - 1)  # the last byte again: a server refuses to send an empty rest
-    # Some servers refuse urllib's own name.
-    request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "torch.hub"})
-    with urlopen(request, timeout=30) as answer, open(part, "ab") as file:  # 30 s without a byte
+    headers = {"Range": f"bytes={start}-", "User-Agent": "torch.hub"}  # some refuse urllib's own name
+    with urlopen(Request(url, headers=headers), timeout=30) as answer, open(part, "ab") as file:
         if answer.headers.get_content_type() == "text/html":
             raise OSError("a web page, as of a network that asks for a login")
         start *= answer.status == 206  # else it sends the whole file
         size = start + int(answer.headers["Content-Length"] or 0)
-        # All of the memory: what is free leaves out the system's file cache, which gives way.
-        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free = shutil.disk_usage(part.parent).free
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # free is without the file cache
         for what, takes, has in ("disk", size - there, free), ("memory", memory * size, installed):
             if takes > has:
                 raise UserError(f"{url} takes {takes / 1e9:.3g} GB of {what}; here: {has / 1e9:.3g}")
         file.truncate(start)
-        with tqdm.wrapattr(file, "write", size, initial=start, desc=part.name,
-                           disable=size < 1e7) as shown:  # a picture needs no bar of its own
+        bar = {"desc": part.name, "initial": start, "disable": size < 1e7}  # a picture needs none of its own
+        with tqdm.wrapattr(file, "write", size, **bar) as shown:
             shutil.copyfileobj(answer, shown)
         file.flush()
         os.fsync(file.fileno())
@@ -761,7 +743,7 @@ def fill(root, names, archive=""):
         except (UserError, KeyError, BadZipFile, zlib.error) as error:  # KeyError: the zip lacks it
             return f"{name} ({error})"
 
-    missing, failed = [name for name in names if not (root / name).is_file()], []
+    missing = [name for name in names if not (root / name).is_file()]
     if archive and missing:
         path = fetch(f"{COCO_URL}/{archive}", root / Path(archive).name)
         try:
@@ -793,8 +775,7 @@ def fetch_weights(root, preset):
         load_vit(name, "")
         print(f"{name}: {config.hf_hub_id} is in huggingface's own cache, where runs find it by name")
         return
-    print("I-JEPA's file is a whole training checkpoint (encoder, predictor, target encoder, optimiser), by "
-          "count about 10 GB, and is read into memory whole")
+    print("I-JEPA's file is a whole training checkpoint, by count about 10 GB, and is read into memory whole")
     with locked(root):
         print(fetch(config.url, root / config.url.split("/")[-1], memory=1.25))  # a quarter more: f_I itself
 
@@ -802,7 +783,7 @@ def fetch_weights(root, preset):
 def check(coco, mvsa):
     """Raises UserError for what is missing of both data sets."""
     missing = []
-    for find, root in ((find_coco, coco), (find_mvsa, mvsa)):
+    for find, root in ((load_coco, coco), (find_mvsa, mvsa)):
         try:
             find(root)
         except UserError as error:
