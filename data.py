@@ -10,7 +10,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -108,8 +107,7 @@ def run_command(command, memory):
 
 @contextmanager
 def locked(folder, wait=False):
-    """Make a folder and hold its lock, which the system frees however a process ends. UserError if another
-    process has it, unless `wait`."""
+    """Make a folder and hold its lock, which any end of the process frees. If taken, wait or UserError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as lock:
         try:
@@ -294,9 +292,8 @@ class FeatureCache:
         with ThreadPoolExecutor(workers) as pool:
             self.digests = list(pool.map(lambda item: digest(digest(read_file(item[0])), item[1]), items))
         texts = [text for _, captions in items for text in captions]
-        tokens = []
-        for n in range(0, len(texts), 1000):  # all at once would take GBs
-            tokens += map(len, net.text_encoder.tokenize(texts[n:n + 1000])["input_ids"])
+        batches = (texts[n:n + 1000] for n in range(0, len(texts), 1000))  # all at once would take GBs
+        tokens = [len(ids) for batch in batches for ids in net.text_encoder.tokenize(batch)["input_ids"]]
         self.offsets = np.cumsum([0, *tokens])
         self.first = np.cumsum([0, *(len(captions) for _, captions in items)])
         self.size = net.image_encoder.data_config["input_size"][1:]
@@ -304,7 +301,7 @@ class FeatureCache:
         self.encoders = net.fingerprint()
         self.key = digest([self.encoders, str(net.dtype), str(self.transform), self.digests])
         self.folder = Path(root) / self.key
-        self.shapes = {"image.f16": (math.prod(net.grid), net.image_encoder.dim),  # of a row: a picture
+        self.shapes = {"image.f16": (np.prod(net.grid), net.image_encoder.dim),  # of a row: a picture
                        "text.f16": (net.text_encoder.dim,)}  # a token
         with locked(self.folder, wait=True):
             self.build(workers)
@@ -324,7 +321,7 @@ class FeatureCache:
         """Encode what is not there: both files grow chunk by chunk, each on the disk before the next one."""
         ends = [*range(0, len(self.items), ENCODE_BATCH), len(self.items)]  # of chunks, in items
         rows = np.stack([ends, self.offsets[self.first[ends]]])  # [2, chunks + 1], in rows of the two files
-        sizes = rows * [[2 * math.prod(shape)] for shape in self.shapes.values()]  # and in bytes
+        sizes = rows * [[2 * np.prod(shape)] for shape in self.shapes.values()]  # and in bytes
         finished = self.folder / "finished"
         with (open(self.folder / "image.f16", "ab") as images, open(self.folder / "text.f16", "ab") as tokens,
               ThreadPoolExecutor(workers) as pool):
@@ -361,10 +358,9 @@ class FeatureCache:
             print(f"skipped, cannot be read: {item[0]} ({error})", file=sys.stderr)
 
     def encode(self, pictures, texts):
-        """Decoded pictures and all their texts -> float16 patches [B, N, D_I], NaN for a picture that cannot
-        be read, and tokens [T, D_T]."""
+        """Pictures, all their texts -> float16 patches [B, N, D_I], NaN for no picture, tokens [T, D_T]."""
         readable = [i for i, picture in enumerate(pictures) if picture is not None]
-        s_image = torch.full((len(pictures), *self.shapes["image.f16"]), math.nan, dtype=torch.float16)
+        s_image = torch.full((len(pictures), *self.shapes["image.f16"]), np.nan, dtype=torch.float16)
         if readable:
             images = torch.stack([pictures[i] for i in readable])
             s_image[readable] = self.net.frozen_image(images).cpu().half()
@@ -444,21 +440,19 @@ def merge_labels(text, image):
 def read_labels(labels):
     """labelResultAll.txt -> ("single" or "multi", {id: label}, {id: reason}) of the posts kept and skipped. A
     pair text,image for each annotator: one in Single, three in Multi. Any other format: UserError."""
-    try:
-        text = (read_file(labels) or b"").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{labels} is not the label file: {error}") from error
+    text = (read_file(labels) or b"").decode("utf-8-sig", "surrogateescape")  # other bytes are refused below
     lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
     rows = [(n, line.split("\t")) for n, line in enumerate(lines, start=1) if line.strip()]
     header = [name.lower().replace(" ", "") for name in rows[0][1]] if rows else []
     columns = len(header) - 1
     if columns not in (1, 3) or header != ["id"] + ["text,image"] * columns:
-        raise UserError(f"{labels}: the first line must be ID and one or three times text,image")
+        raise UserError(f"{labels} is not the label file: the first line must be ID, 1 or 3 times text,image")
     kept, skipped = {}, {}
     for n, (post, *votes) in rows[1:]:
         post = post.strip()
         words = [word.strip().lower() for vote in votes for word in vote.split(",")]
-        if not post or [vote.count(",") for vote in votes] != [1] * columns or not set(words) <= set(LABELS):
+        pairs = [vote.count(",") for vote in votes] == [1] * columns and set(words) <= set(LABELS)
+        if not post or not post.isprintable() or not pairs:
             raise UserError(f"{labels}, line {n}: not an id and {columns} times text,image of {LABELS}")
         if post in kept or post in skipped:
             raise UserError(f"{labels}, line {n}: id {post} is there a second time")
@@ -515,8 +509,7 @@ def stratified_split(labels, seed, groups=None):
 
 
 def random_split(labels, seed):
-    """As stratified_split, but at random, and with training posts repeated until all classes are as frequent:
-    the authors' way."""
+    """As stratified_split, but at random, then training posts repeated to equal classes: the authors' way."""
     labels, tenth = np.asarray(labels), len(labels) // 10
     order = np.random.default_rng(seed).permutation(len(labels))
     validation, test, train = np.split(order, [tenth, 2 * tenth])
@@ -555,9 +548,8 @@ def duplicate_groups(posts):
 
 
 def clmlf_split(folder, posts):
-    """CLMLF's train.json, dev.json and test.json for `posts` of one set -> (indices of each, Counter of what
-    did not match), or UserError. They lie in `folder` or below it; of several, as in CLMLF's repository, in
-    the one whose path below it names the set ("single" or "multi")."""
+    """CLMLF's train.json, dev.json and test.json in `folder` or below, of several those whose path names the
+    set of `posts`, "single" or "multi" -> (indices of each, Counter of what did not match), or UserError."""
     folder, kind = Path(folder), posts[0].set
     homes = [path.parent for path in sorted(folder.rglob("train.json"))]
     homes = [home for home in homes if kind in str(home.relative_to(folder)).lower()] or homes
@@ -619,8 +611,6 @@ def toy_text(things, rng):
 
 def write_toy_coco(root, count, rng):
     """COCO's layout, with one broken image and one that is listed but not there."""
-    for folder in ("train2017", "annotations"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
     images, notes = [], []
     for i in range(count + 2):
         path = root / "train2017" / f"{i:012d}.jpg"
@@ -637,7 +627,6 @@ def write_toy_coco(root, count, rng):
 def write_toy_mvsa(root, count, voters, rng):
     """MVSA's layout: `count` posts to keep; conflicts, missing majorities (Multi), a broken image, GBK."""
     folder = root / "data"
-    folder.mkdir(parents=True, exist_ok=True)
     rows, kept = [["ID"] + ["text,image"] * voters], 0
     while kept < count:
         number = len(rows)
@@ -657,10 +646,9 @@ def write_toy_mvsa(root, count, voters, rng):
         toy_image(shown, rng).save(folder / f"{number}.jpg", quality=92)
         words = toy_text(named, rng) + " #caf\u00e9" * (number == 3)
         (folder / f"{number}.txt").write_bytes(words.encode("gb18030"))
-    broken = folder / f"{len(rows)}.jpg"
-    broken.touch()
-    broken.with_suffix(".txt").write_text("red bars")
-    rows.append([broken.stem] + ["positive,positive"] * voters)
+    rows.append([str(number + 1)] + ["positive,positive"] * voters)
+    (folder / f"{number + 1}.txt").write_text("red bars")
+    (folder / f"{number + 1}.jpg").touch()
     (root / "labelResultAll.txt").write_bytes("".join("\t".join(row) + "\r\n" for row in rows).encode())
 
 
@@ -670,15 +658,17 @@ def write_toy(root, images=1100, posts=1000, seed=0):
     recipe = json.dumps({"images": images, "posts": posts, "seed": seed}, indent=1).encode()
     there = {path.name for path in root.glob("*")} - {".lock", "recipe.json.tmp"}  # if cut off at once
     if there and read_file(root / "recipe.json") != recipe:
-        raise UserError(f"{root} exists, but not as toy data of {images} images, {posts} posts and seed "
-                        f"{seed}; remove it or name another folder")
+        raise UserError(f"{root} exists, but not as toy data of these options: remove it or name another")
     with locked(root, wait=True):
         if not (root / "finished").exists():
             atomic_write(root / "recipe.json", recipe)  # from here on the folder is ours
+            coco, single, multi = root / "coco", root / "mvsa/MVSA_Single", root / "mvsa/MVSA_Multiple"
+            for folder in (coco / "train2017", coco / "annotations", single / "data", multi / "data"):
+                folder.mkdir(parents=True, exist_ok=True)
             rng = np.random.default_rng(seed)
-            write_toy_coco(root / "coco", images, rng)
-            write_toy_mvsa(root / "mvsa" / "MVSA_Single", posts, 1, rng)
-            write_toy_mvsa(root / "mvsa" / "MVSA_Multiple", 2 * posts, 3, rng)
+            write_toy_coco(coco, images, rng)
+            write_toy_mvsa(single, posts, 1, rng)
+            write_toy_mvsa(multi, 2 * posts, 3, rng)
             (root / "finished").touch()
 
 
@@ -751,7 +741,7 @@ def fill(root, names, archive=""):
         except BadZipFile as error:
             raise UserError(f"{path} is broken: remove it and run again") from error
     with ThreadPool(16) as pool:  # of daemons: Ctrl-C waits for none of them
-        problems = filter(None, tqdm(pool.imap(get, missing), "fetch", len(missing)))
+        problems = filter(None, tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing))
         failed = list(islice(problems, 25))  # after 100 tries it is the network
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} cannot be fetched: {', '.join(failed[:3])}; run "
@@ -806,8 +796,7 @@ def run(argv=None):
     both.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
     coco = commands.add_parser("coco", help="fetch COCO 2017's captions and images")
     coco.add_argument("root", metavar="dir", type=Path, help="folder to make; gets train2017/, annotations/")
-    coco.add_argument("--images", **number(int, 0), default=10000,
-                      help="the first so many that have captions (10000; 0: all, as one zip of 19 GB)")
+    coco.add_argument("--images", **number(int, 0), default=10000, help="the first 10000; 0: all, 19 GB")
     weights = commands.add_parser("weights", help="fetch f_I's weights")
     weights.add_argument("root", metavar="dir", type=Path, help="folder to make; gets the file")
     weights.add_argument("--preset", required=True, choices=list(PRESETS)[1:])  # not the toy
