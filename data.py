@@ -41,8 +41,7 @@ from model import PRESETS, UserError, load_vit
 
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
 CAPTIONS = "annotations/captions_train2017.json"
-COCO_HELP = ("name its folder with --coco, run `make coco COCO=DIR`, or get train2017.zip and "
-             "annotations_trainval2017.zip of cocodataset.org")
+COCO_HELP = "name its folder with --coco, or run `make coco COCO=DIR`, which fetches it from cocodataset.org"
 MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
              "social-data/ or, on Kaggle, vincemarcs/mvsasingle and vincemarcs/mvsamultiple")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST,
@@ -97,9 +96,8 @@ def run_command(command, memory):
             text = (f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; mend it, or "
                     "name another folder (--out, --cache)")
         except (MemoryError, RuntimeError) as error:
-            words = "out of memory|can't allocate memory"  # torch's own, on a GPU and on a CPU
-            if not isinstance(error, MemoryError) and not re.search(words, str(error)):
-                raise
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+                raise  # these words are torch's own, on a GPU and on a CPU
             text = f"out of memory; lower {memory}\n  ({str(error)[:200]})"
         print(f"error: {text}", file=sys.stderr)
         return code
@@ -195,12 +193,10 @@ def read_image(path, size=None):
         if size:
             image.draft(None, (2 * max(size), 2 * max(size)))  # does nothing for other formats
         image.load()
-        try:
+        with suppress(*NOT_AN_IMAGE, LookupError, TypeError):  # a picture can be good, its EXIF part corrupt
             image.getexif()  # it is kept; of the raw bytes exif_transpose would write a copy,
             image.info.pop("exif", None)  # which any corrupt field stops
             image = ImageOps.exif_transpose(image)
-        except (*NOT_AN_IMAGE, LookupError, TypeError):  # the EXIF part is corrupt, the picture may be good
-            pass
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
         if image.has_transparency_data:
@@ -255,10 +251,9 @@ def default_held_out(images):
 def hold_out(cache, count):
     """Indices of the readable images to train on and of the `count` to measure on (0: the default): those
     whose hashed file names come first, so that an image that is lost moves no other."""
-    readable = len(cache.readable)
-    count = count or default_held_out(readable)
-    if not 1 < count < readable:
-        raise UserError(f"--held_out {count} of {readable} readable images: at least 2, and fewer than all")
+    count = count or default_held_out(len(cache.readable))
+    if not 1 < count < len(cache.readable):
+        raise UserError(f"--held_out {count} of {len(cache.readable)} readable images: at least 2, not all")
     order = sorted(cache.readable, key=lambda i: digest(cache.items[i][0].name))
     return np.sort(order[count:]), np.sort(order[:count])
 
@@ -279,9 +274,8 @@ ENCODE_BATCH = 32  # fixed, so that the bytes of a cache do not depend on where 
 class FeatureCache:
     """The float16 features of `items` (path, texts), in a folder below `root`; built or completed if need be.
 
-    The folder is named by a hash of encoders, precision, preprocessing and the contents, not the names, of
-    pictures and texts, which costs one reading of all pictures at each start: a copy of the data needs no new
-    cache, and other data never meet an old one.
+    The folder is named by a hash of encoders, precision, preprocessing and of the contents, read at each
+    start, of pictures and texts: a copy of the data needs no new cache, and other data never meet an old one.
 
     `readable` and `unreadable`: indices of items whose picture can be decoded, or not; `digests`: the items'
     hashes; `first` [I + 1]: each item's first text; `offsets` [texts + 1]: each text's first token.
@@ -301,8 +295,8 @@ class FeatureCache:
         self.encoders = net.fingerprint()
         self.key = digest([self.encoders, str(net.dtype), str(self.transform), self.digests])
         self.folder = Path(root) / self.key
-        self.shapes = {"image.f16": (np.prod(net.grid), net.image_encoder.dim),  # of a row: a picture
-                       "text.f16": (net.text_encoder.dim,)}  # a token
+        self.shapes = {"image.f16": (np.prod(net.grid), net.image_encoder.dim),  # a row is a picture
+                       "text.f16": (net.text_encoder.dim,)}  # or a token
         with locked(self.folder, wait=True):
             self.build(workers)
         unreadable = np.isnan(self.map("image.f16")[:, 0, 0])
@@ -328,7 +322,7 @@ class FeatureCache:
             there = np.array([[images.tell()], [tokens.tell()]])
             if finished.exists() and (there == sizes[:, -1:]).all():
                 return
-            whole = max(0, (sizes <= there).all(0).sum() - 2)  # chunks; the last may be a size without bytes
+            whole = max(0, (sizes <= there).all(0).sum() - 2)  # chunks; one more may be a size without bytes
             images.truncate(sizes[0, whole])
             tokens.truncate(sizes[1, whole])
             needed = (sizes[:, -1] - sizes[:, whole]).sum()
@@ -364,9 +358,8 @@ class FeatureCache:
         if readable:
             images = torch.stack([pictures[i] for i in readable])
             s_image[readable] = self.net.frozen_image(images).cpu().half()
-        batches = [texts[n:n + ENCODE_BATCH] for n in range(0, len(texts), ENCODE_BATCH)]
-        tokens = [states[mask] for states, mask in map(self.net.frozen_text, batches)]
-        s_text = torch.cat(tokens).cpu().half()
+        parts = [texts[n:n + ENCODE_BATCH] for n in range(0, len(texts), ENCODE_BATCH)]
+        s_text = torch.cat([states[mask].cpu().half() for states, mask in map(self.net.frozen_text, parts)])
         if not (s_image[readable].isfinite().all() and s_text.isfinite().all()):
             raise UserError("the features of --image_encoder or --text_encoder do not fit float16")
         return s_image, s_text
@@ -392,11 +385,10 @@ class FeatureCache:
         return self.rows("image.f16", images), s_text, torch.from_numpy(mask)
 
     def batches(self, draws):
-        """For each draw (see `read`) s_image and s_text on the device in its dtype, and text_mask."""
-        device, dtype = self.net.device, self.net.dtype
+        """For each draw (see `read`) s_image and s_text, padded by 0, on the device in its dtype, and mask."""
         for features in map(self.read, draws) if self.on_device else read_ahead(self.read, draws):
-            s_image, s_text, mask = (tensor.to(device, non_blocking=True) for tensor in features)
-            yield s_image.to(dtype), s_text.to(dtype) * mask[:, :, None], mask  # padding is 0
+            s_image, s_text, mask = (tensor.to(self.net.device, non_blocking=True) for tensor in features)
+            yield s_image.to(self.net.dtype), s_text.to(self.net.dtype) * mask[:, :, None], mask
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -451,8 +443,8 @@ def read_labels(labels):
     for n, (post, *votes) in rows[1:]:
         post = post.strip()
         words = [word.strip().lower() for vote in votes for word in vote.split(",")]
-        pairs = [vote.count(",") for vote in votes] == [1] * columns and set(words) <= set(LABELS)
-        if not post or not post.isprintable() or not pairs:
+        paired = [vote.count(",") for vote in votes] == [1] * columns
+        if not post or not post.isprintable() or not paired or not set(words) <= set(LABELS):
             raise UserError(f"{labels}, line {n}: not an id and {columns} times text,image of {LABELS}")
         if post in kept or post in skipped:
             raise UserError(f"{labels}, line {n}: id {post} is there a second time")
@@ -653,8 +645,7 @@ def write_toy_mvsa(root, count, voters, rng):
 
 
 def write_toy(root, images=1100, posts=1000, seed=0):
-    """Write `root`/coco, `root`/mvsa/MVSA_Single (`posts` kept) and MVSA_Multiple (twice as many), each time
-    the same bytes; complete what was cut off. Raises UserError for a folder that holds anything else."""
+    """Write coco/ and mvsa/, each time the same bytes, or complete them. UserError if anything else is there."""
     recipe = json.dumps({"images": images, "posts": posts, "seed": seed}, indent=1).encode()
     there = {path.name for path in root.glob("*")} - {".lock", "recipe.json.tmp"}  # if cut off at once
     if there and read_file(root / "recipe.json") != recipe:
@@ -711,8 +702,7 @@ def fetch_rest(url, part, there, memory):
             if takes > has:
                 raise UserError(f"{url} takes {takes / 1e9:.3g} GB of {what}; here: {has / 1e9:.3g}")
         file.truncate(start)
-        bar = {"desc": part.name, "initial": start, "disable": size < 1e7}  # a picture needs none of its own
-        with tqdm.wrapattr(file, "write", size, **bar) as shown:
+        with tqdm.wrapattr(file, "write", size, desc=part.name, initial=start, disable=size < 1e7) as shown:
             shutil.copyfileobj(answer, shown)
         file.flush()
         os.fsync(file.fileno())
@@ -796,7 +786,7 @@ def run(argv=None):
     both.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
     coco = commands.add_parser("coco", help="fetch COCO 2017's captions and images")
     coco.add_argument("root", metavar="dir", type=Path, help="folder to make; gets train2017/, annotations/")
-    coco.add_argument("--images", **number(int, 0), default=10000, help="the first 10000; 0: all, 19 GB")
+    coco.add_argument("--images", **number(int, 0), default=10000, help="how many (10000; 0: all, 19 GB)")
     weights = commands.add_parser("weights", help="fetch f_I's weights")
     weights.add_argument("root", metavar="dir", type=Path, help="folder to make; gets the file")
     weights.add_argument("--preset", required=True, choices=list(PRESETS)[1:])  # not the toy
