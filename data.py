@@ -385,7 +385,7 @@ class FeatureCache:
         return self.rows("image.f16", images), s_text, torch.from_numpy(mask)
 
     def batches(self, draws):
-        """For each draw (see `read`) s_image and s_text, padded by 0, on the device in its dtype, and mask."""
+        """For each draw (see `read`) s_image and s_text, 0 where padded, on the device in its dtype; mask."""
         for features in map(self.read, draws) if self.on_device else read_ahead(self.read, draws):
             s_image, s_text, mask = (tensor.to(self.net.device, non_blocking=True) for tensor in features)
             yield s_image.to(self.net.dtype), s_text.to(self.net.dtype) * mask[:, :, None], mask
@@ -645,7 +645,7 @@ def write_toy_mvsa(root, count, voters, rng):
 
 
 def write_toy(root, images=1100, posts=1000, seed=0):
-    """Write coco/ and mvsa/, each time the same bytes, or complete them. UserError if anything else is there."""
+    """Write coco/ and mvsa/, always the same bytes, or complete them. UserError if other files are there."""
     recipe = json.dumps({"images": images, "posts": posts, "seed": seed}, indent=1).encode()
     there = {path.name for path in root.glob("*")} - {".lock", "recipe.json.tmp"}  # if cut off at once
     if there and read_file(root / "recipe.json") != recipe:
