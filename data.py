@@ -435,7 +435,7 @@ def read_labels(labels):
     text = (read_file(labels) or b"").decode("utf-8-sig", "surrogateescape")  # other bytes are refused below
     lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
     rows = [(n, line.split("\t")) for n, line in enumerate(lines, start=1) if line.strip()]
-    header = [name.lower().replace(" ", "") for name in rows[0][1]] if rows else []
+    header = ["".join(name.lower().split()) for name in rows[0][1]] if rows else []
     columns = len(header) - 1
     if columns not in (1, 3) or header != ["id"] + ["text,image"] * columns:
         raise UserError(f"{labels} is not the label file: the first line must be ID, 1 or 3 times text,image")
