@@ -4,16 +4,12 @@
     python data.py check --coco DIR --mvsa DIR  look for both, and say what is missing and where to get it
     python data.py coco DIR --images 10000      fetch COCO's captions and its first 10,000 images (0: all)
     python data.py weights DIR --preset small   fetch f_I's weights
-
-One image-caption pair: COCO's json -> `load_coco` -> `FeatureCache` encodes it with f_I and f_T, once ->
-`epoch_order` draws its caption -> `FeatureCache.batches` reads its features -> the loop in pretrain.py.
 """
 import argparse
 import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -23,10 +19,10 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import quote
@@ -36,17 +32,17 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 import timm.data
 import torch
-from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from PIL import Image, ImageOps
+from scipy.cluster.hierarchy import DisjointSet
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 from model import PRESETS, ImageEncoder, UserError
 
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
-COCO_HELP = ("name its folder with --coco, run `make coco COCO=DIR`, or get train2017.zip and "
-             "annotations_trainval2017.zip of cocodataset.org")
+CAPTIONS = "annotations/captions_train2017.json"
+COCO_HELP = "name its folder with --coco, or run `make coco COCO=DIR`, which fetches it from cocodataset.org"
 MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
              "social-data/ or, on Kaggle, vincemarcs/mvsasingle and vincemarcs/mvsamultiple")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST,
@@ -68,27 +64,21 @@ def number(kind, least, most=sys.float_info.max):
     return {"type": parse, "metavar": shown}
 
 
-class Unbreakable:
+class Unbreakable(ObjectWrapper):
     """A text stream that ends no run: silent once its pipe is closed, ? for what its encoding lacks."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
     def write(self, text):
-        encoding = self.stream.encoding or "utf-8"
+        encoding = self.encoding or "utf-8"
         try:
-            self.stream.write(text.encode(encoding, "replace").decode(encoding))
-            self.stream.flush()
+            self._wrapped.write(text.encode(encoding, "replace").decode(encoding))
+            self.flush()
         except OSError:  # a closed pipe, a lost terminal, a full disk
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
 def run_command(command, memory):
-    """command() -> its exit code, or 0. After a sentence: 2 for what the user can mend (`memory`: the options
-    to lower), 1 for a loss that is not finite, 130 for Ctrl-C."""
+    """command() -> its exit code, or after a sentence 2 for what the user can mend (`memory`: the options to
+    lower), 1 for a loss that is not finite, 130 for Ctrl-C."""
     nowhere = open(os.devnull, "w")  # for a process that was started without an output
     out, err = Unbreakable(sys.stdout or nowhere), Unbreakable(sys.stderr or nowhere)
     code = 2
@@ -107,9 +97,8 @@ def run_command(command, memory):
             text = (f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; mend it, or "
                     "name another folder (--out, --cache)")
         except (MemoryError, RuntimeError) as error:
-            words = "out of memory|can't allocate memory"  # torch's own, on a GPU and on a CPU
-            if not isinstance(error, MemoryError) and not re.search(words, str(error)):
-                raise
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+                raise  # these words are torch's own, on a GPU and on a CPU
             text = f"out of memory; lower {memory}\n  ({str(error)[:200]})"
         print(f"error: {text}", file=sys.stderr)
         return code
@@ -117,8 +106,7 @@ def run_command(command, memory):
 
 @contextmanager
 def locked(folder, wait=False):
-    """Make a folder and hold its lock, which the system frees however a process ends. UserError if another
-    process has it, unless `wait`."""
+    """Make a folder and hold its lock, which any end of the process frees. If taken, wait or UserError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as lock:
         try:
@@ -141,10 +129,9 @@ def atomic_write(path, content):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not name the file
+        part.unlink(missing_ok=True)  # it would be in the way on a full disk, which does not name the file
+        error.filename = error.filename or str(path)
         raise
-    finally:
-        part.unlink(missing_ok=True)  # only after an error: on a full disk it would be in the way
 
 
 def write_json(path, content):
@@ -162,18 +149,14 @@ def timed(seconds, stage):
 
 def digest(*contents):
     """A hash of bytes and of what JSON can hold, as 32 hexadecimal digits."""
-    found = hashlib.blake2b(digest_size=16)
-    for content in contents:
-        found.update(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return found.hexdigest()
+    parts = [content if isinstance(content, bytes) else json.dumps(content).encode() for content in contents]
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def read_file(path):
     """The bytes of a regular file, or None if it cannot be opened or is none (a pipe would never end)."""
-    try:
+    with suppress(OSError):
         return path.read_bytes() if path.is_file() else None
-    except OSError:
-        return None
 
 
 def read_ahead(load, keys):
@@ -190,21 +173,15 @@ def describe(counts):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Images
+# Images, and COCO's captions
 
 # What Pillow raises on files that are not the image they claim to be
 NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error,
                 Image.DecompressionBombError)
 
-# EXIF orientation -> the turn upright; Pillow's exif_transpose stops at any other corrupt field
-TURN = Image.Transpose
-TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE,
-         6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
-
 
 def image_transform(data_config):
-    """PIL image -> [3, H, W] by timm's data config; squashed, as in the authors' scripts, not cropped:
-    captions are about its edges, too."""
+    """PIL image -> [3, H, W]; squashed, as in the authors' scripts: captions are about the edges, too."""
     return timm.data.create_transform(**data_config, crop_pct=1.0, crop_mode="squash")
 
 
@@ -217,30 +194,15 @@ def read_image(path, size=None):
         if size:
             image.draft(None, (2 * max(size), 2 * max(size)))  # does nothing for other formats
         image.load()
-        try:
-            turn = TURNS.get(image.getexif().get(0x0112))
-        except (*NOT_AN_IMAGE, LookupError, TypeError):  # the EXIF part is corrupt, the picture may be good
-            turn = None
+        with suppress(*NOT_AN_IMAGE, LookupError, TypeError):  # a picture can be good, its EXIF part corrupt
+            image.getexif()  # it is kept; of the raw bytes exif_transpose would write a copy,
+            image.info.pop("exif", None)  # which any corrupt field stops
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        if turn is not None:
-            image = image.transpose(turn)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# COCO captions
-
-
-def find_coco(root):
-    """COCO 2017's (image folder, caption file) below `root`, or a UserError that names what is missing."""
-    images, captions = Path(root) / "train2017", Path(root) / "annotations" / "captions_train2017.json"
-    missing = [str(images)] * (not images.is_dir()) + [str(captions)] * (not captions.is_file())
-    if missing:
-        raise UserError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
-    return images, captions
 
 
 def parse_captions(content, name):
@@ -255,30 +217,28 @@ def parse_captions(content, name):
             text.encode()  # raises for half of a surrogate pair, which no tokenizer takes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name} is not a COCO caption file: {error!r}; {COCO_HELP}") from error
-    for what, values in zip(("image id", "file"), zip(*images)):
-        value, count = Counter(values).most_common(1)[0]
-        if count > 1:
-            raise UserError(f"{name} lists {what} {value} twice")
-    captions = {}
+    files, captions = dict(images), {}
+    if not len(images) == len(files) == len(set(files.values())):
+        raise UserError(f"{name} lists an image id or a file name twice")
     for image, caption in notes:
         captions.setdefault(image, []).append(caption)
-    return dict(images), captions
+    return files, captions
 
 
 def load_coco(root, limit=0):
-    """COCO below `root` -> (items [(path, captions)] by image id, the first `limit` of them or all, and a
-    Counter of what cannot be used). Raises UserError if nothing is left."""
-    folder, annotations = find_coco(root)
+    """COCO 2017 below `root` -> items [(path, captions)] by image id, the first `limit` of them or all, and a
+    Counter of what cannot be used. UserError if nothing is left."""
+    folder, annotations = Path(root) / "train2017", Path(root) / CAPTIONS
+    missing = [str(path) for path in (folder, annotations) if not path.exists()]
+    if missing:
+        raise UserError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
     files, captions = parse_captions(annotations.read_bytes(), annotations)
     on_disk = {path.name for path in folder.iterdir()}
-    items, skipped = [], Counter({"captioned image not listed": len(captions.keys() - files.keys())})
-    for image, name in sorted(files.items()):
-        if name not in on_disk:
-            skipped["image not on disk"] += 1
-        elif image not in captions:
-            skipped["image without caption"] += 1
-        else:
-            items.append((folder / name, captions[image]))
+    there = {image: folder / name for image, name in sorted(files.items()) if name in on_disk}
+    items = [(path, captions[image]) for image, path in there.items() if image in captions]
+    skipped = Counter({"captioned image not listed": len(captions.keys() - files.keys()),
+                       "image not on disk": len(files) - len(there),
+                       "image without caption": len(there) - len(items)})
     if not items:
         raise UserError(f"no image of {folder} has a caption in {annotations}; skipped: {describe(skipped)}")
     return items[:limit or None], +skipped  # without zeros
@@ -292,17 +252,15 @@ def default_held_out(images):
 def hold_out(cache, count):
     """Indices of the readable images to train on and of the `count` to measure on (0: the default): those
     whose hashed file names come first, so that an image that is lost moves no other."""
-    readable = len(cache.readable)
-    count = count or default_held_out(readable)
-    if not 1 < count < readable:
-        raise UserError(f"--held_out {count} of {readable} readable images: at least 2, and fewer than all")
+    count = count or default_held_out(len(cache.readable))
+    if not 1 < count < len(cache.readable):
+        raise UserError(f"--held_out {count} of {len(cache.readable)} readable images: at least 2, not all")
     order = sorted(cache.readable, key=lambda i: digest(cache.items[i][0].name))
     return np.sort(order[count:]), np.sort(order[:count])
 
 
 def epoch_order(cache, train, seed, epoch):
-    """One epoch: (images `train` in a new order, the number of a random caption of each). A pure function: a
-    resumed run needs no state."""
+    """One epoch: (images `train` in a new order, the number of a random caption of each). It has no state."""
     rng = np.random.default_rng([seed, epoch])
     images = rng.permutation(train)
     return images, rng.integers(cache.first[images], cache.first[images + 1])
@@ -317,117 +275,106 @@ ENCODE_BATCH = 32  # fixed, so that the bytes of a cache do not depend on where 
 class FeatureCache:
     """The float16 features of `items` (path, texts), in a folder below `root`; built or completed if need be.
 
-    The folder is named by a hash of encoders, precision, preprocessing and the contents, not the names, of
-    pictures and texts: a copy of the data needs no new cache, and other data never meet an old one. Price:
-    all pictures are read once at each start.
+    The folder is named by a hash of encoders, precision, preprocessing and of the contents, read at each
+    start, of pictures and texts: a copy of the data needs no new cache, and other data never meet an old one.
 
     `readable` and `unreadable`: indices of items whose picture can be decoded, or not; `digests`: the items'
     hashes; `first` [I + 1]: each item's first text; `offsets` [texts + 1]: each text's first token.
     """
 
     def __init__(self, root, items, net, workers):
-        self.items, self.device, self.dtype = items, net.device, net.dtype
+        self.items, self.net = items, net
         with ThreadPoolExecutor(workers) as pool:
             self.digests = list(pool.map(lambda item: digest(digest(read_file(item[0])), item[1]), items))
-        self.texts = [text for _, captions in items for text in captions]
-        tokens = []
-        for n in range(0, len(self.texts), 1000):  # all at once would take GBs
-            tokens += map(len, net.text_encoder.tokenize(self.texts[n:n + 1000])["input_ids"])
+        texts = [text for _, captions in items for text in captions]
+        batches = (texts[n:n + 1000] for n in range(0, len(texts), 1000))  # all at once would take GBs
+        tokens = [len(ids) for batch in batches for ids in net.text_encoder.tokenize(batch)["input_ids"]]
         self.offsets = np.cumsum([0, *tokens])
         self.first = np.cumsum([0, *(len(captions) for _, captions in items)])
+        self.size = net.image_encoder.data_config["input_size"][1:]
         self.transform = image_transform(net.image_encoder.data_config)
-        self.picture_size = net.image_encoder.data_config["input_size"][1:]
         self.encoders = net.fingerprint()
         self.key = digest([self.encoders, str(net.dtype), str(self.transform), self.digests])
         self.folder = Path(root) / self.key
-        patches = math.prod(net.grid)  # the files hold f_I's patches, and f_T's states of all texts' tokens
-        self.shapes = {"image.f16": (len(items), patches, net.image_encoder.dim),
-                       "text.f16": (sum(tokens), net.text_encoder.dim)}
+        self.shapes = {"image.f16": (np.prod(net.grid), net.image_encoder.dim),  # a row is a picture
+                       "text.f16": (net.text_encoder.dim,)}  # or a token
         with locked(self.folder, wait=True):
-            self.build(net, workers)
+            self.build(workers)
         unreadable = np.isnan(self.map("image.f16")[:, 0, 0])
         self.readable, self.unreadable = np.flatnonzero(~unreadable), np.flatnonzero(unreadable)
         most = net.text_encoder.max_tokens
         cut = sum(length >= most for length in tokens)
         note = f"; {cut} have {most} tokens or more: f_T reads {most}" if cut else ""
         print(f"features: {self.folder}, {len(items)} images ({len(self.unreadable)} unreadable), "
-              f"{len(self.texts)} texts{note}")
+              f"{len(texts)} texts{note}")
         self.on_device = {}
-        size = 2 * sum(map(math.prod, self.shapes.values()))  # bytes
-        if self.device.type == "cuda" and size < torch.cuda.mem_get_info(self.device)[0] / 2:
-            for name in self.shapes:  # the other half is to train
-                self.on_device[name] = torch.from_numpy(np.array(self.map(name))).to(self.device)
+        takes = sum(self.map(name).nbytes for name in self.shapes)
+        if net.device.type == "cuda" and takes < torch.cuda.mem_get_info(net.device)[0] / 2:  # half: to train
+            self.on_device = {name: torch.tensor(self.map(name), device=net.device) for name in self.shapes}
 
-    def build(self, net, workers):
+    def build(self, workers):
         """Encode what is not there: both files grow chunk by chunk, each on the disk before the next one."""
-        ends = np.append(np.arange(0, len(self.items), ENCODE_BATCH), len(self.items))  # of chunks, in items
-        rows = ends, self.offsets[self.first[ends]]  # and in rows of each file
-        sizes = [2 * math.prod(shape[1:]) * end for shape, end in zip(self.shapes.values(), rows)]  # in bytes
+        ends = [*range(0, len(self.items), ENCODE_BATCH), len(self.items)]  # of chunks, in items
+        rows = np.stack([ends, self.offsets[self.first[ends]]])  # [2, chunks + 1], in rows of the two files
+        sizes = rows * [[2 * np.prod(shape)] for shape in self.shapes.values()]  # and in bytes
         finished = self.folder / "finished"
-        with ExitStack() as stack:
-            files = [stack.enter_context(open(self.folder / name, "ab")) for name in self.shapes]
-            if finished.exists() and all(size[-1] == file.tell() for size, file in zip(sizes, files)):
+        with (open(self.folder / "image.f16", "ab") as images, open(self.folder / "text.f16", "ab") as tokens,
+              ThreadPoolExecutor(workers) as pool):
+            there = np.array([[images.tell()], [tokens.tell()]])
+            if finished.exists() and (there == sizes[:, -1:]).all():
                 return
-            whole = min(np.searchsorted(size, file.tell(), "right") - 1 for size, file in zip(sizes, files))
-            whole = max(0, whole - 1)  # the last chunk may have its size, but not its bytes, on the disk
-            needed = sum(size[-1] - size[whole] for size in sizes)
-            for size, file in zip(sizes, files):
-                file.truncate(size[whole])
+            whole = max(0, (sizes <= there).all(0).sum() - 2)  # chunks; one more may be a size without bytes
+            images.truncate(sizes[0, whole])
+            tokens.truncate(sizes[1, whole])
+            needed = (sizes[:, -1] - sizes[:, whole]).sum()
             free = shutil.disk_usage(self.folder).free
             room = f"the cache takes {needed / 1e9:.3g} GB in {self.folder}, {free / 1e9:.3g} GB are free"
             print(room)
             if needed > free:
                 raise UserError(f"{room}: name another folder with --cache DIR")
-            chunks = range(whole, len(ends) - 1)
-            pool = stack.enter_context(ThreadPoolExecutor(workers))
-            decoded = read_ahead(lambda k: [*pool.map(self.decode, self.items[ends[k]:ends[k + 1]])], chunks)
-            for k, pictures in zip(tqdm(chunks, desc="encode", unit=f" x {ENCODE_BATCH} images"), decoded):
-                texts = self.texts[self.first[ends[k]]:self.first[ends[k + 1]]]
-                for file, size, features in zip(files, sizes, self.encode(net, pictures, texts)):
+            chunks = [self.items[start:end] for start, end in pairwise(ends[whole:])]
+            decoded = read_ahead(lambda chunk: list(pool.map(self.decode, chunk)), chunks)
+            for chunk, pictures in zip(tqdm(chunks, "encode", unit=f" x {ENCODE_BATCH} images"), decoded):
+                texts = [text for _, captions in chunk for text in captions]
+                for file, features in zip((images, tokens), self.encode(pictures, texts)):
                     file.write(features.numpy().tobytes())
                     file.flush()
                     os.fsync(file.fileno())
-                    assert file.tell() == size[k + 1]  # or all that follows would be misplaced
+            assert [images.tell(), tokens.tell()] == sizes[:, -1].tolist()  # or rows would be misplaced
         finished.touch()
 
     def decode(self, item):
         """An item's picture -> [3, H, W], or None if it cannot be read."""
         try:
-            return self.transform(read_image(item[0], self.picture_size))
+            return self.transform(read_image(item[0], self.size))
         except NOT_AN_IMAGE as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # too many open files, or the like: the picture is not to blame
             print(f"skipped, cannot be read: {item[0]} ({error})", file=sys.stderr)
 
-    def encode(self, net, pictures, texts):
-        """Decoded pictures and all their texts -> patches [B, N, D_I], NaN for a picture that cannot be read,
-        and tokens [T, D_T]. Raises UserError for features that float16 cannot hold."""
-        def half(features):
-            features = features.cpu().half()
-            if not features.isfinite().all():
-                raise UserError("the features of --image_encoder or --text_encoder do not fit float16")
-            return features
-
+    def encode(self, pictures, texts):
+        """Pictures, all their texts -> float16 patches [B, N, D_I], NaN for no picture, tokens [T, D_T]."""
         readable = [i for i, picture in enumerate(pictures) if picture is not None]
-        s_image = torch.full((len(pictures), *self.shapes["image.f16"][1:]), math.nan, dtype=torch.float16)
+        s_image = torch.full((len(pictures), *self.shapes["image.f16"]), np.nan, dtype=torch.float16)
         if readable:
-            s_image[readable] = half(net.frozen_image(torch.stack([pictures[i] for i in readable])))
-        s_text = []
-        for n in range(0, len(texts), ENCODE_BATCH):
-            states, mask = net.frozen_text(texts[n:n + ENCODE_BATCH])  # [B, L, D_T], [B, L]
-            s_text.append(half(states[mask]))
-        return s_image, torch.cat(s_text)
+            images = torch.stack([pictures[i] for i in readable])
+            s_image[readable] = self.net.frozen_image(images).cpu().half()
+        parts = [texts[n:n + ENCODE_BATCH] for n in range(0, len(texts), ENCODE_BATCH)]
+        s_text = torch.cat([states[mask].cpu().half() for states, mask in map(self.net.frozen_text, parts)])
+        if not (s_image[readable].isfinite().all() and s_text.isfinite().all()):
+            raise UserError("the features of --image_encoder or --text_encoder do not fit float16")
+        return s_image, s_text
 
     def map(self, name):
         """A file as an array on the disk; one that stays open grows in memory."""
-        return np.memmap(self.folder / name, np.float16, "r", shape=self.shapes[name])
+        return np.memmap(self.folder / name, np.float16, "r").reshape(-1, *self.shapes[name])
 
     def rows(self, name, index):
         """Rows [*index.shape, ...] of a file."""
         if self.on_device:
-            return self.on_device[name][torch.from_numpy(index).to(self.device)]
+            return self.on_device[name][torch.from_numpy(index).to(self.net.device)]
         rows = torch.from_numpy(self.map(name)[index])
-        return rows.pin_memory() if self.device.type == "cuda" else rows
+        return rows.pin_memory() if self.net.device.type == "cuda" else rows
 
     def read(self, draw):
         """(images [B], numbers of texts [B]) -> s_image [B, N, D_I], s_text [B, L, D_T], mask [B, L]"""
@@ -439,10 +386,10 @@ class FeatureCache:
         return self.rows("image.f16", images), s_text, torch.from_numpy(mask)
 
     def batches(self, draws):
-        """For each draw (see `read`) s_image and s_text on the device in its dtype, and text_mask."""
+        """For each draw (see `read`) s_image and s_text, 0 where padded, on the device in its dtype; mask."""
         for features in map(self.read, draws) if self.on_device else read_ahead(self.read, draws):
-            s_image, s_text, mask = (tensor.to(self.device, non_blocking=True) for tensor in features)
-            yield s_image.to(self.dtype), s_text.to(self.dtype) * mask[:, :, None], mask  # padding is 0
+            s_image, s_text, mask = (tensor.to(self.net.device, non_blocking=True) for tensor in features)
+            yield s_image.to(self.net.dtype), s_text.to(self.net.dtype) * mask[:, :, None], mask
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -477,8 +424,7 @@ def find_mvsa(root):
 
 
 def merge_labels(text, image):
-    """A post's label from those of its parts: neutral gives way, positive with negative gives None (Niu et
-    al. 2016, as in CLMLF and all later work)."""
+    """A post's label (Niu et al. 2016): neutral gives way, positive with negative gives None."""
     if text == image or image == "neutral":
         return text
     return image if text == "neutral" else None
@@ -487,27 +433,25 @@ def merge_labels(text, image):
 def read_labels(labels):
     """labelResultAll.txt -> ("single" or "multi", {id: label}, {id: reason}) of the posts kept and skipped. A
     pair text,image for each annotator: one in Single, three in Multi. Any other format: UserError."""
-    try:
-        text = (read_file(labels) or b"").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{labels} is not the label file: {error}") from error
+    text = (read_file(labels) or b"").decode("utf-8-sig", "surrogateescape")  # other bytes are refused below
     lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
-    rows = [(n, [part.strip() for part in line.split("\t")])
-            for n, line in enumerate(lines, start=1) if line.strip()]
-    header = [part.lower().replace(" ", "") for part in rows[0][1]] if rows else []
+    rows = [(n, line.split("\t")) for n, line in enumerate(lines, start=1) if line.strip()]
+    header = ["".join(name.lower().split()) for name in rows[0][1]] if rows else []
     columns = len(header) - 1
-    if header[:1] != ["id"] or set(header[1:]) != {"text,image"} or columns not in (1, 3):
-        raise UserError(f"{labels}: the first line must be ID and one or three times text,image")
+    if columns not in (1, 3) or header != ["id"] + ["text,image"] * columns:
+        raise UserError(f"{labels} is not the label file: the first line must be ID, 1 or 3 times text,image")
     kept, skipped = {}, {}
-    for line, (post, *votes) in rows[1:]:
-        votes = [tuple(word.strip().lower() for word in vote.split(",")) for vote in votes]
-        pairs = all(len(vote) == 2 and set(vote) <= set(LABELS) for vote in votes)
-        if not post or len(votes) != columns or not pairs:
-            raise UserError(f"{labels}, line {line}: not an id and {columns} times text,image of {LABELS}")
+    for n, (post, *votes) in rows[1:]:
+        post = post.strip()
+        words = [word.strip().lower() for vote in votes for word in vote.split(",")]
+        paired = [vote.count(",") for vote in votes] == [1] * columns
+        if not post or not post.isprintable() or not paired or not set(words) <= set(LABELS):
+            raise UserError(f"{labels}, line {n}: not an id and {columns} times text,image of {LABELS}")
         if post in kept or post in skipped:
-            raise UserError(f"{labels}, line {line}: id {post} is there a second time")
+            raise UserError(f"{labels}, line {n}: id {post} is there a second time")
         # What more than half of the annotators say of the text, and of the image
-        agreed = [word for part in zip(*votes) for word in LABELS if 2 * part.count(word) > columns]
+        sides = words[::2], words[1::2]
+        agreed = [word for side in sides for word in LABELS if 2 * side.count(word) > columns]
         label = merge_labels(*agreed) if len(agreed) == 2 else None
         if label:
             kept[post] = LABELS.index(label)
@@ -520,10 +464,8 @@ def decode_text(content):
     """A raw post -> text: the files mix UTF-8 and GBK-family bytes."""
     utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # the GBK family would read it as other words
     for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030", "latin-1"):
-        try:
+        with suppress(UnicodeDecodeError):  # then the next one; Latin-1 takes whatever is left
             return content.decode(encoding).strip()
-        except UnicodeDecodeError:
-            pass  # the next encoding; Latin-1 takes whatever is left
 
 
 def load_mvsa(folder):
@@ -543,31 +485,32 @@ def load_mvsa(folder):
     return posts, skipped
 
 
-def stratified_split(labels, seed):
-    """Labels [P] -> indices of train, validation and test, 8:1:1, each with the whole's shares of classes."""
+def stratified_split(labels, seed, groups=None):
+    """Labels [P] -> indices of train, validation and test, 8:1:1, each with the whole's shares of classes;
+    with `groups` [P] as nearly as whole groups can."""
     labels, everything = np.asarray(labels), np.arange(len(labels))
     try:
+        if groups is not None:
+            folds = StratifiedGroupKFold(10, shuffle=True, random_state=seed).split(labels, labels, groups)
+            test, validation, *train = [test for _, test in folds]
+            return np.concatenate(train), validation, test
         train, rest = train_test_split(everything, test_size=0.2, random_state=seed, stratify=labels)
         validation, test = train_test_split(rest, test_size=0.5, random_state=seed, stratify=labels[rest])
+        return train, validation, test
     except ValueError as error:  # scikit-learn: a class has too few posts to be in every part
-        raise UserError(f"cannot split {len(labels)} posts 8:1:1 by label: {error}") from error
-    return train, validation, test
+        raise UserError(f"cannot split {len(labels)} posts 8:1:1: {error}") from error
 
 
 def random_split(labels, seed):
-    """Labels [P] -> indices of train, validation and test, 8:1:1, at random: the authors' way."""
+    """As stratified_split, but at random, then training posts repeated to equal classes: the authors' way."""
+    labels, tenth = np.asarray(labels), len(labels) // 10
     order = np.random.default_rng(seed).permutation(len(labels))
-    tenth = len(order) // 10
-    return order[2 * tenth:], order[:tenth], order[tenth:2 * tenth]
-
-
-def upsample(train, labels, seed):
-    """Indices of training posts -> these, and random repeats until all classes are as frequent."""
-    rng, classes = np.random.default_rng(seed), np.asarray(labels)[train]
-    counts = np.bincount(classes)
-    repeated = [rng.choice(train[classes == label], counts.max() - count)
+    validation, test, train = np.split(order, [tenth, 2 * tenth])
+    counts = np.bincount(labels[train])
+    rng = np.random.default_rng(seed)
+    repeated = [rng.choice(train[labels[train] == label], counts.max() - count)
                 for label, count in enumerate(counts) if count]
-    return np.concatenate([train, *repeated])
+    return np.concatenate([train, *repeated]), validation, test
 
 
 def normalize_text(text):
@@ -589,40 +532,27 @@ def repeats(posts, train, *parts):
 
 
 def duplicate_groups(posts):
-    """Posts -> [P] group numbers: one for all that are linked by the same image bytes or the same words."""
-    first, edges = {}, []
+    """Posts -> [P] the first of all posts that the same image bytes or the same words link to each."""
+    first, linked = {}, DisjointSet(range(len(posts)))
     for i, post in enumerate(posts):
-        edges += [(i, first.setdefault(key, i)) for key in post_keys(post)]
-    edges = np.array(edges)
-    graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(posts), len(posts)))
-    return connected_components(graph, directed=False)[1]
-
-
-def grouped_split(labels, groups, seed):
-    """Labels and groups [P] -> train, validation and test, nearly 8:1:1 and stratified, in whole groups."""
-    try:
-        folds = StratifiedGroupKFold(10, shuffle=True, random_state=seed).split(labels, labels, groups)
-        test, validation, *train = [test for _, test in folds]
-    except ValueError as error:
-        raise UserError(f"cannot split {len(labels)} posts by group: {error}") from error
-    return np.concatenate(train), validation, test
+        for key in post_keys(post):
+            linked.merge(i, first.setdefault(key, i))
+    return np.array([min(linked.subset(i)) for i in range(len(posts))])
 
 
 def clmlf_split(folder, posts):
-    """CLMLF's train.json, dev.json and test.json for `posts` of one set -> (indices of each, Counter of what
-    did not match), or UserError. They lie in `folder` or below it; of several, as in CLMLF's repository, in
-    the one whose path below it names the set ("single" or "multi")."""
+    """CLMLF's train.json, dev.json and test.json in `folder` or below, of several those whose path names the
+    set of `posts`, "single" or "multi" -> (indices of each, Counter of what did not match), or UserError."""
     folder, kind = Path(folder), posts[0].set
     homes = [path.parent for path in sorted(folder.rglob("train.json"))]
-    named = [home for home in homes if kind in str(home.relative_to(folder)).lower()]
-    homes = named or homes
+    homes = [home for home in homes if kind in str(home.relative_to(folder)).lower()] or homes
     if len(homes) != 1:
         raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind} there or below, with "
                         f"'{kind}' in its path; found {len(homes)}: {', '.join(map(str, homes))}")
     index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
     for path in (homes[0] / name for name in ("train.json", "dev.json", "test.json")):
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = json.loads(path.read_bytes())
             listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no list of id, text, emotion_label: {error!r}") from error
@@ -642,11 +572,10 @@ def clmlf_split(folder, posts):
 # ------------------------------------------------------------------------------------------------------------
 # The toy world
 #
-# A picture is four things on grey, two above two; a thing is one of 3 colours in one of 3 patterns, all
-# equally likely: the rest of the picture does not tell a masked one. The caption names the four in reading
-# order, each colour by one of 12 words: what the words mean is seen only beside pictures. Colours have moods:
-# a post's picture has that of most of its things; its text, which speaks of other things, that of the thing
-# it names first. MVSA's rules make the label of both, so it needs both.
+# A picture is four things on grey, two above two, each of one of 3 colours in one of 3 patterns, all equally
+# likely: only the caption, which names the four in reading order, tells a masked one. A colour has 12 words,
+# whose meaning is seen only beside pictures, and a mood: a post's picture has that of most of its things, its
+# text that of the thing it names first, which is another. The label, by MVSA's rules, needs both.
 
 COLOURS = (  # in the order of LABELS: the moods
     ((60, 200, 60), "green lime olive emerald jade moss fern mint sage pine grass forest".split()),
@@ -675,26 +604,25 @@ def toy_text(things, rng):
 
 def write_toy_coco(root, count, rng):
     """COCO's layout, with one broken image and one that is listed but not there."""
-    for folder in ("train2017", "annotations"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
     images, notes = [], []
     for i in range(count + 2):
+        path = root / "train2017" / f"{i:012d}.jpg"
         things = rng.integers(3, size=(4, 2))
-        images.append({"id": i, "file_name": f"{i:012d}.jpg", "width": 48, "height": 48})
+        images.append({"id": i, "file_name": path.name, "width": 48, "height": 48})
         notes += [{"id": 5 * i + k, "image_id": i, "caption": toy_text(things, rng)} for k in range(5)]
         if i < count:
-            toy_image(things, rng).save(root / "train2017" / images[i]["file_name"], quality=92)
-    (root / "train2017" / images[count]["file_name"]).write_bytes(b"\xff\xd8 not a JPEG")
-    text = json.dumps({"images": images, "annotations": notes})
-    (root / "annotations" / "captions_train2017.json").write_text(text, encoding="utf-8")
+            toy_image(things, rng).save(path, quality=92)
+        elif i == count:
+            path.write_bytes(b"\xff\xd8 not a JPEG")
+    (root / CAPTIONS).write_text(json.dumps({"images": images, "annotations": notes}))
 
 
 def write_toy_mvsa(root, count, voters, rng):
     """MVSA's layout: `count` posts to keep; conflicts, missing majorities (Multi), a broken image, GBK."""
-    (root / "data").mkdir(parents=True, exist_ok=True)
-    rows, kept, number = [["ID"] + ["text,image"] * voters], 0, 0
+    folder = root / "data"
+    rows, kept = [["ID"] + ["text,image"] * voters], 0
     while kept < count:
-        number += 1
+        number = len(rows)
         text, image = rng.integers(3, size=2)
         votes = [[text, image] for _ in range(voters)]
         if voters == 3:
@@ -708,35 +636,36 @@ def write_toy_mvsa(root, count, voters, rng):
         shown[rng.random(4) < 0.8, 0] = image  # the mood of most things in the picture
         named = rng.integers(3, size=(4, 2))
         named[0, 0] = text  # and of the one that the text names first
-        toy_image(shown, rng).save(root / "data" / f"{number}.jpg", quality=92)
+        toy_image(shown, rng).save(folder / f"{number}.jpg", quality=92)
         words = toy_text(named, rng) + " #caf\u00e9" * (number == 3)
-        (root / "data" / f"{number}.txt").write_bytes(words.encode("gb18030"))
+        (folder / f"{number}.txt").write_bytes(words.encode("gb18030"))
     rows.append([str(number + 1)] + ["positive,positive"] * voters)
-    (root / "data" / f"{number + 1}.txt").write_text("red bars")
-    (root / "data" / f"{number + 1}.jpg").write_bytes(b"")
+    (folder / f"{number + 1}.txt").write_text("red bars")
+    (folder / f"{number + 1}.jpg").touch()
     (root / "labelResultAll.txt").write_bytes("".join("\t".join(row) + "\r\n" for row in rows).encode())
 
 
 def write_toy(root, images=1100, posts=1000, seed=0):
-    """Write `root`/coco, `root`/mvsa/MVSA_Single (`posts` kept) and MVSA_Multiple (twice as many), each time
-    the same bytes; complete what was cut off. Raises UserError for a folder that holds anything else."""
+    """Write coco/ and mvsa/, always the same bytes, or complete them. UserError if other files are there."""
     recipe = json.dumps({"images": images, "posts": posts, "seed": seed}, indent=1).encode()
     there = {path.name for path in root.glob("*")} - {".lock", "recipe.json.tmp"}  # if cut off at once
     if there and read_file(root / "recipe.json") != recipe:
-        raise UserError(f"{root} exists, but not as toy data of {images} images, {posts} posts and seed "
-                        f"{seed}; remove it or name another folder")
+        raise UserError(f"{root} exists, but not as toy data of these options: remove it or name another")
     with locked(root, wait=True):
         if not (root / "finished").exists():
             atomic_write(root / "recipe.json", recipe)  # from here on the folder is ours
+            coco, single, multi = root / "coco", root / "mvsa/MVSA_Single", root / "mvsa/MVSA_Multiple"
+            for folder in (coco / "train2017", coco / "annotations", single / "data", multi / "data"):
+                folder.mkdir(parents=True, exist_ok=True)
             rng = np.random.default_rng(seed)
-            write_toy_coco(root / "coco", images, rng)
-            write_toy_mvsa(root / "mvsa" / "MVSA_Single", posts, 1, rng)
-            write_toy_mvsa(root / "mvsa" / "MVSA_Multiple", 2 * posts, 3, rng)
+            write_toy_coco(coco, images, rng)
+            write_toy_mvsa(single, posts, 1, rng)
+            write_toy_mvsa(multi, 2 * posts, 3, rng)
             (root / "finished").touch()
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Downloads: each goes on where it was cut off
+# The commands. Downloads go on where they were cut off
 
 COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
 PAUSES = (0, 1, 4, 16)  # seconds before each try
@@ -754,8 +683,7 @@ def fetch(url, path, memory=0):
         except (OSError, HTTPException) as error:
             tries = 0 if part.exists() and part.stat().st_size > there else tries + 1
             if tries == len(PAUSES):
-                raise UserError(f"{url} ({error}) cannot be fetched: run again to go on, or remove "
-                                f"{part}") from error
+                raise UserError(f"{url} ({error}): run again to go on, or remove {part}") from error
             time.sleep(PAUSES[tries])
     return path
 
@@ -763,22 +691,19 @@ def fetch(url, path, memory=0):
 def fetch_rest(url, part, there, memory):
     """Append to `part`, of which `there` bytes are there, the rest. OSError or HTTPException if it breaks."""
     start = max(0, there - 1)  # the last byte again: a server refuses to send an empty rest
-    # Some servers refuse urllib's own name.
-    request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "torch.hub"})
-    with urlopen(request, timeout=30) as answer, open(part, "ab") as file:  # 30 s without a byte
+    headers = {"Range": f"bytes={start}-", "User-Agent": "torch.hub"}  # some refuse urllib's own name
+    with urlopen(Request(url, headers=headers), timeout=30) as answer, open(part, "ab") as file:
         if answer.headers.get_content_type() == "text/html":
             raise OSError("a web page, as of a network that asks for a login")
         start *= answer.status == 206  # else it sends the whole file
         size = start + int(answer.headers["Content-Length"] or 0)
-        # All of the memory: what is free leaves out the system's file cache, which gives way.
-        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         free = shutil.disk_usage(part.parent).free
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # free is without the file cache
         for what, takes, has in ("disk", size - there, free), ("memory", memory * size, installed):
             if takes > has:
                 raise UserError(f"{url} takes {takes / 1e9:.3g} GB of {what}; here: {has / 1e9:.3g}")
         file.truncate(start)
-        with tqdm.wrapattr(file, "write", size, initial=start, desc=part.name,
-                           disable=size < 1e7) as shown:  # a picture needs no bar of its own
+        with tqdm.wrapattr(file, "write", size, desc=part.name, initial=start, disable=size < 1e7) as shown:
             shutil.copyfileobj(answer, shown)
         file.flush()
         os.fsync(file.fileno())
@@ -799,7 +724,7 @@ def fill(root, names, archive=""):
         except (UserError, KeyError, BadZipFile, zlib.error) as error:  # KeyError: the zip lacks it
             return f"{name} ({error})"
 
-    missing, failed = [name for name in names if not (root / name).is_file()], []
+    missing = [name for name in names if not (root / name).is_file()]
     if archive and missing:
         path = fetch(f"{COCO_URL}/{archive}", root / Path(archive).name)
         try:
@@ -807,10 +732,8 @@ def fill(root, names, archive=""):
         except BadZipFile as error:
             raise UserError(f"{path} is broken: remove it and run again") from error
     with ThreadPool(16) as pool:  # of daemons: Ctrl-C waits for none of them
-        for problem in tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing):
-            failed += [problem] * bool(problem)
-            if len(failed) == 25:  # 100 tries: it is the network
-                break
+        problems = filter(None, tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing))
+        failed = list(islice(problems, 25))  # after 100 tries it is the network
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} cannot be fetched: {', '.join(failed[:3])}; run "
                         "again, without a zip that is broken")
@@ -818,10 +741,9 @@ def fill(root, names, archive=""):
 
 def fetch_coco(root, images):
     """Fetch the captions and images that load_coco(root, images) takes: one by one, or for 0 in one zip."""
-    captions = "annotations/captions_train2017.json"
     with locked(root):
-        fill(root, [captions], "annotations/annotations_trainval2017.zip")
-        files, captioned = parse_captions((root / captions).read_bytes(), root / captions)
+        fill(root, [CAPTIONS], "annotations/annotations_trainval2017.zip")
+        files, captioned = parse_captions((root / CAPTIONS).read_bytes(), root / CAPTIONS)
         names = [f"train2017/{Path(name).name}" for i, name in sorted(files.items()) if i in captioned]
         fill(root, names[:images or None], "" if images else "zips/train2017.zip")
 
@@ -834,20 +756,15 @@ def fetch_weights(root, preset):
         ImageEncoder(name)
         print(f"{name}: {config.hf_hub_id} is in huggingface's own cache, where runs find it by name")
         return
-    print("I-JEPA's file is a whole training checkpoint (encoder, predictor, target encoder, optimiser), by "
-          "count about 10 GB, and is read into memory whole")
+    print("I-JEPA's file is a whole training checkpoint, by count about 10 GB, and is read into memory whole")
     with locked(root):
         print(fetch(config.url, root / config.url.split("/")[-1], memory=1.25))  # a quarter more: f_I itself
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The commands
 
 
 def check(coco, mvsa):
     """Raises UserError for what is missing of both data sets."""
     missing = []
-    for find, root in ((find_coco, coco), (find_mvsa, mvsa)):
+    for find, root in ((load_coco, coco), (find_mvsa, mvsa)):
         try:
             find(root)
         except UserError as error:
@@ -860,19 +777,17 @@ def run(argv=None):
     """The commands of the top of this file -> exit code, see run_command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="write the toy data",
-                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    toy = commands.add_parser("toy", help="write the toy data")
     toy.add_argument("root", metavar="dir", type=Path, help="folder to make; gets coco/ and mvsa/")
-    toy.add_argument("--images", **number(int, 1), default=1100, help="pictures with captions")
-    toy.add_argument("--posts", **number(int, 1), default=1000, help="posts of Single; Multi twice that")
-    toy.add_argument("--seed", **number(int, 0), default=0, help="the same seed gives the same bytes")
+    toy.add_argument("--images", **number(int, 1), default=1100, help="pictures with captions (1100)")
+    toy.add_argument("--posts", **number(int, 1), default=1000, help="of Single (1000); Multi has twice that")
+    toy.add_argument("--seed", **number(int, 0), default=0, help="the same seed (0) gives the same bytes")
     both = commands.add_parser("check", help="look for the data")
     both.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
     both.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
     coco = commands.add_parser("coco", help="fetch COCO 2017's captions and images")
     coco.add_argument("root", metavar="dir", type=Path, help="folder to make; gets train2017/, annotations/")
-    coco.add_argument("--images", **number(int, 0), default=10000,
-                      help="the first so many that have captions (0: all, as one zip of 19 GB)")
+    coco.add_argument("--images", **number(int, 0), default=10000, help="how many (10000; 0: all, 19 GB)")
     weights = commands.add_parser("weights", help="fetch f_I's weights")
     weights.add_argument("root", metavar="dir", type=Path, help="folder to make; gets the file")
     weights.add_argument("--preset", required=True, choices=list(PRESETS)[1:])  # not the toy

@@ -134,10 +134,8 @@ def split_posts(posts, args):
         groups = data.duplicate_groups(posts)
         sizes = [size for size in np.bincount(groups).tolist() if size > 1]
         notes = {"groups of repeated posts": len(sizes), "posts in them": sum(sizes)}
-        return {seed: data.grouped_split(labels, groups, seed) for seed in seeds}, notes, []
-    drawn = {seed: data.random_split(labels, seed) for seed in seeds}
-    splits = {seed: (data.upsample(train, labels, seed), *rest) for seed, (train, *rest) in drawn.items()}
-    return splits, {}, []
+        return {seed: data.stratified_split(labels, seed, groups) for seed in seeds}, notes, []
+    return {seed: data.random_split(labels, seed) for seed in seeds}, {}, []
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1050,9 +1050,10 @@ def test_splits_are_whole_and_keep_what_they_promise():
     rng = np.random.default_rng(0)
     labels, groups = rng.choice(3, 1000, p=[0.6, 0.1, 0.3]), np.arange(1000)
     groups[500:600] = np.repeat(np.arange(20), 5)  # and posts 0-19 with them
-    grouped = [data.grouped_split(labels, groups, seed) for seed in (0, 1)]
+    grouped = [data.stratified_split(labels, seed, groups) for seed in (0, 1)]
     stratified = [data.stratified_split(labels, seed) for seed in (0, 1)]
-    drawn = [data.random_split(labels, seed) for seed in (0, 1)]
+    upsampled = [data.random_split(labels, seed) for seed in (0, 1)]
+    drawn = [(np.unique(train), *rest) for train, *rest in upsampled]
     for parts, other in (grouped, stratified, drawn):
         assert sorted(np.concatenate(parts)) == list(range(1000)) and not np.array_equal(parts[2], other[2])
     assert [len(part) for part in stratified[0]] == [len(part) for part in drawn[0]] == [800, 100, 100]
@@ -1061,8 +1062,8 @@ def test_splits_are_whole_and_keep_what_they_promise():
     for parts, most in ((grouped[0], 0.03), (stratified[0], 0.01)):
         shares = [np.bincount(labels[part]) / len(part) for part in parts]
         assert np.allclose(shares, np.bincount(labels) / 1000, atol=most)
-    train = data.upsample(drawn[0][0], labels, 0)
-    assert set(train) == set(drawn[0][0]) and len(set(np.bincount(labels[train]))) == 1
+    counts = [np.bincount(labels[train]) for train in (drawn[0][0], upsampled[0][0])]
+    assert list(counts[1]) == 3 * [counts[0].max()]
     with pytest.raises(UserError, match="cannot split"):
         data.stratified_split(np.array([0, 0, 0, 1]), seed=0)
 
