@@ -48,8 +48,7 @@ MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sent
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST,
                errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
-# ------------------------------------------------------------------------------------------------------------
-# What all commands share: options, errors, files
+# ---- What all commands share: options, errors, files -------------------------------------------------------
 
 
 def number(kind, least, most=sys.float_info.max):
@@ -172,8 +171,7 @@ def describe(counts):
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images, and COCO's captions
+# ---- Images, and COCO's captions ---------------------------------------------------------------------------
 
 # What Pillow raises on files that are not the image they claim to be
 NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error,
@@ -266,8 +264,7 @@ def epoch_order(cache, train, seed, epoch):
     return images, rng.integers(cache.first[images], cache.first[images + 1])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The feature cache: f_I and f_T are frozen and pictures are not augmented, so each is encoded once
+# ---- The feature cache: f_I and f_T are frozen and pictures are not augmented, so each is encoded once -----
 
 ENCODE_BATCH = 32  # fixed, so that the bytes of a cache do not depend on where its building was cut off
 
@@ -392,8 +389,7 @@ class FeatureCache:
             yield s_image.to(self.net.dtype), s_text.to(self.net.dtype) * mask[:, :, None], mask
 
 
-# ------------------------------------------------------------------------------------------------------------
-# MVSA
+# ---- MVSA --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -569,8 +565,7 @@ def clmlf_split(folder, posts):
     return parts, notes
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The toy world
+# ---- The toy world -----------------------------------------------------------------------------------------
 #
 # A picture is four things on grey, two above two, each of one of 3 colours in one of 3 patterns, all equally
 # likely: only the caption, which names the four in reading order, tells a masked one. A colour has 12 words,
@@ -664,8 +659,7 @@ def write_toy(root, images=1100, posts=1000, seed=0):
             (root / "finished").touch()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The commands. Downloads go on where they were cut off
+# ---- The commands. Downloads go on where they were cut off -------------------------------------------------
 
 COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
 PAUSES = (0, 1, 4, 16)  # seconds before each try

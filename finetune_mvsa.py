@@ -77,8 +77,7 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Posts -> features and splits
+# ---- Posts -> features and splits --------------------------------------------------------------------------
 
 
 def untrained(net, seed):
@@ -138,8 +137,7 @@ def split_posts(posts, args):
     return {seed: data.random_split(labels, seed) for seed in seeds}, {}, []
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Features -> predictions. Nothing here is given a test label
+# ---- Features -> predictions. Nothing here is given a test label -------------------------------------------
 
 
 def class_weights(labels):
@@ -296,8 +294,7 @@ def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
     return {"probabilities": {row: values.tolist() for row, values in found.items()}, "choices": choices}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Predictions -> scores. Only here are test labels looked at
+# ---- Predictions -> scores. Only here are test labels looked at --------------------------------------------
 
 
 def score(y, predicted, seeds):
@@ -403,8 +400,7 @@ def judge(net, loaded, seconds, results, lines, args):
             "split_sizes": [len(part) for part in splits[args.seeds[0]]], "differences": differences}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is written
+# ---- What is written ---------------------------------------------------------------------------------------
 
 
 def mean_std(values, digits=2):

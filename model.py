@@ -98,8 +98,7 @@ TEXT_SIZES = {"toy": (96, 0.2e6), MINI_LM: (384, 22.7e6),  # D_T and number of w
               GTE.format("base"): (768, 137e6), GTE.format("large"): (1024, 434e6)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# f_I and f_T: frozen
+# ---- f_I and f_T: frozen -----------------------------------------------------------------------------------
 
 
 def hash_weights(module):
@@ -227,8 +226,7 @@ def toy_bert(vocabulary):
         return tokenizer, BertModel(config, add_pooling_layer=False)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# X, X~ and g
+# ---- X, X~ and g -------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -336,8 +334,7 @@ class Predictor(nn.Module):
         return self.proj(self.norm(x)).unflatten(0, (B, M))  # [B, M, P, target_dim]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Masks, regularisers, measures of collapse
+# ---- Masks, regularisers, measures of collapse -------------------------------------------------------------
 
 
 class Masks(NamedTuple):
@@ -442,8 +439,7 @@ def effective_rank(features):
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The whole, its checkpoints, its device
+# ---- The whole, its checkpoints, its device ----------------------------------------------------------------
 
 
 class Output(NamedTuple):

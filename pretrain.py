@@ -137,8 +137,7 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What the loop needs: first the schedules, from `start` at step 0 to `final` at the last step, total - 1
+# ---- What the loop needs: first schedules, from `start` at step 0 to `final` at step total - 1 -------------
 
 
 def linear(step, total, start, final):
@@ -401,8 +400,7 @@ def main(args):
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Does the energy mean anything? Held-out pairs, matched and mismatched
+# ---- Does the energy mean anything? Held-out pairs, matched and mismatched ---------------------------------
 
 
 def wins(own, other):
@@ -518,8 +516,7 @@ def evaluate(args):
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# --bench: how long will it take here?
+# ---- --bench: how long will it take here? ------------------------------------------------------------------
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
 TOKENS = 24  # of a caption or a post, padded to the longest of its batch
@@ -641,8 +638,7 @@ def bench(args):
         print(f"{what:44}{value:10.4g}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Something to look at
+# ---- Something to look at ----------------------------------------------------------------------------------
 
 
 def plot_curves(log, path):

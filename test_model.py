@@ -123,8 +123,7 @@ def pretrained(toy, tmp_path_factory):
     return SimpleNamespace(out=out / "out", checkpoint=checkpoint, options=options, done=done, judged=judged)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# model.py
+# ---- model.py ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (6, 9), (14, 14), (16, 16)])
@@ -505,8 +504,7 @@ def test_a_checkpoint_finds_its_encoders_where_they_lie_now(tmp_path):
     assert torch.equal(loaded.encode(pictures, TEXTS)[0], net.encode(pictures, TEXTS)[0])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# data.py: pictures, the toy world, COCO
+# ---- data.py: pictures, the toy world, COCO ----------------------------------------------------------------
 
 SPECKLED = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 BLUE = Image.new("RGB", (60, 40), "blue")
@@ -821,8 +819,7 @@ def test_held_out_images_are_not_trained_on_and_a_lost_image_moves_no_other():
         assert len(data.hold_out(cache, 0)[1]) == count
 
 
-# ------------------------------------------------------------------------------------------------------------
-# data.py: the feature cache
+# ---- data.py: the feature cache ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -976,8 +973,7 @@ def test_features_that_float16_cannot_hold_are_refused(encoded, tmp_path, monkey
         data.FeatureCache(tmp_path, encoded.items, encoded.net, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# data.py: MVSA, its splits, and 20,000 damaged files
+# ---- data.py: MVSA, its splits, and 20,000 damaged files ---------------------------------------------------
 
 P, U, N = data.LABELS
 
@@ -1180,8 +1176,7 @@ def test_fuzzed_files_give_a_clean_error_or_what_they_say(make, check):
     assert min(counts.values()) > 1500, counts
 
 
-# ------------------------------------------------------------------------------------------------------------
-# pretrain.py: what the loop is made of
+# ---- pretrain.py: what the loop is made of -----------------------------------------------------------------
 
 
 def test_schedules():
@@ -1474,8 +1469,7 @@ def test_half_precision_learns_what_single_does(narrow, tmp_path):
         assert half.norm == pytest.approx(single.norm, rel=0.2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What one can rely on: silent accidents first
+# ---- What one can rely on: silent accidents first ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "overflow"])
@@ -1692,8 +1686,7 @@ def test_too_little_memory_names_what_to_lower(pretrained, tmp_path, monkeypatch
         call(pretrain, *options)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# finetune_mvsa.py, and the commands
+# ---- finetune_mvsa.py, and the commands --------------------------------------------------------------------
 
 
 MVSA_CACHE = tempfile.mkdtemp()
