@@ -1,4 +1,4 @@
-"""Everything that touches the disk: COCO captions, MVSA posts, splits, the feature cache, the toy world.
+"""The data: COCO captions, MVSA posts, splits, the feature cache, the toy world, downloads.
 
     python data.py toy DIR                      write toy data in the official layouts: DIR/coco and DIR/mvsa
     python data.py check --coco DIR --mvsa DIR  look for both, and say what is missing and where to get it
@@ -281,7 +281,7 @@ class FeatureCache:
 
     def __init__(self, root, items, net, workers):
         self.items, self.net = items, net
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers) as pool:  # a picture's own hash first: its bytes end somewhere
             self.digests = list(pool.map(lambda item: digest(digest(read_file(item[0])), item[1]), items))
         texts = [text for _, captions in items for text in captions]
         batches = (texts[n:n + 1000] for n in range(0, len(texts), 1000))  # all at once would take GBs
@@ -320,7 +320,7 @@ class FeatureCache:
             there = np.array([[images.tell()], [tokens.tell()]])
             if finished.exists() and (there == sizes[:, -1:]).all():
                 return
-            whole = max(0, (sizes <= there).all(0).sum() - 2)  # chunks; one more may be a size without bytes
+            whole = max(0, (sizes <= there).all(0).sum() - 2)  # chunks, less one: its bytes may be lost
             images.truncate(sizes[0, whole])
             tokens.truncate(sizes[1, whole])
             needed = (sizes[:, -1] - sizes[:, whole]).sum()
@@ -363,7 +363,7 @@ class FeatureCache:
         return s_image, s_text
 
     def map(self, name):
-        """A file as an array on the disk; one that stays open grows in memory."""
+        """A file as an array on the disk, opened each time: what is read of an open one fills memory."""
         return np.memmap(self.folder / name, np.float16, "r").reshape(-1, *self.shapes[name])
 
     def rows(self, name, index):
@@ -379,7 +379,7 @@ class FeatureCache:
         start, end = self.offsets[texts][:, None], self.offsets[texts + 1][:, None]  # [B, 1]
         position = start + np.arange((end - start).max())  # [B, L]
         mask = position < end
-        s_text = self.rows("text.f16", np.where(mask, position, start))
+        s_text = self.rows("text.f16", np.where(mask, position, start))  # `batches` zeroes the padding
         return self.rows("image.f16", images), s_text, torch.from_numpy(mask)
 
     def batches(self, draws):

@@ -32,7 +32,7 @@ from model import UserError
 
 # The grids, each searched whole on validation
 REGULARISATION = (1e-3, 1e-2, 1e-1)  # C of the logistic regression, rising: each starts from the last
-LEARNING_RATES = (1e-4, 5e-4)  # of X~ and the head
+LEARNING_RATES = (1e-4, 5e-4)  # of the encoder and the head
 BATCH = 32  # posts at a time, in a training step and where nothing is trained
 MAJORITY, CONCAT = "majority class", "text + image concatenated"
 TEXT, IMAGE = "text only", "image only"
@@ -137,7 +137,7 @@ def split_posts(posts, args):
     return {seed: data.random_split(labels, seed) for seed in seeds}, {}, []
 
 
-# ---- Features -> predictions. Nothing here is given a test label -------------------------------------------
+# ---- Features -> predictions. All labels are passed, but none of a test post is used -----------------------
 
 
 def class_weights(labels):
@@ -153,13 +153,13 @@ def fit_probe(x, y, train, validation):
 
     L-BFGS in the coordinates u = L^T w, L the Cholesky factor of a bound of the unweighted Hessian (Boehning
     1992), takes about 30 passes over the features for each C, in which it fits both class weightings."""
-    scaler, K, n, D = StandardScaler().fit(x[train]), len(data.LABELS), len(train), x.shape[1]
+    standard, K, n, D = StandardScaler().fit(x[train]), len(data.LABELS), len(train), x.shape[1]
     labels = torch.from_numpy(y[train])
     there = torch.isin(torch.arange(K), labels)
     if there.sum() < 2:
         raise UserError(f"all training posts are {data.LABELS[labels[0]]}: a head needs two labels")
     never = torch.where(there, 0.0, -30.0)  # a label that no training post has stays impossible
-    x_train = torch.from_numpy(scaler.transform(x[train]))  # [n, D] in float32, as x is
+    x_train = torch.from_numpy(standard.transform(x[train]))  # [n, D] in float32, as x is
     weights = class_weights(labels)[:, labels].T  # [n, 2]
     gram = x_train.T @ x_train / n  # [D, D]
     w, bias = torch.zeros(D, 2 * K), torch.zeros(2, K, requires_grad=True)
@@ -182,11 +182,11 @@ def fit_probe(x, y, train, validation):
 
         optimizer.step(evaluate)
         w = torch.linalg.solve_triangular(L.T, u.detach(), upper=True)
-        scaled = w.double() / torch.from_numpy(scaler.scale_)[:, None]  # [D, 2 * 3], of features as they are
+        scaled = w.double() / torch.from_numpy(standard.scale_)[:, None]  # [D, 2 * 3], of features as they are
         for k, of_raw in enumerate(scaled.split(K, dim=1)):
             head = torch.nn.Linear(D, K).requires_grad_(False)
             head.weight.copy_(of_raw.T)
-            head.bias.copy_(bias.detach()[k] + never - torch.from_numpy(scaler.mean_) @ of_raw)
+            head.bias.copy_(bias.detach()[k] + never - torch.from_numpy(standard.mean_) @ of_raw)
             measured = validate(probabilities_of(head, x[validation]), y[validation])
             fitted.append((head, {"C": c, "balanced": bool(k), **measured}))
     # Of equals the first without class weights
@@ -220,7 +220,7 @@ class Classifier(torch.nn.Module):
 
 
 def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, seed):
-    """Train X~ and the head from the probe on, with its class weights -> (Classifier, its choice).
+    """Train encoder and head from the probe on, with its class weights -> (Classifier, its choice).
 
     A learning rate is tried until the first epoch that is worse on validation by cross-entropy (of a few
     hundred posts, accuracy hardly tells two epochs apart). The best epoch of all is kept; 0 is the probe.
@@ -228,12 +228,12 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
     weights = class_weights(torch.from_numpy(y[train]))[int(choice["balanced"])].to(net.device)
     classifier = Classifier(net, encoder, probe)
     start = best = copy.deepcopy(classifier.state_dict())
-    first, choice = choice["loss"], {**choice, "lr": None, "epoch": 0}
+    probe_loss, choice = choice["loss"], {**choice, "lr": None, "epoch": 0}
     for lr in LEARNING_RATES:
         classifier.load_state_dict(start)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
         scaler = torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
-        rng, lowest = np.random.default_rng(seed), first
+        rng, lowest = np.random.default_rng(seed), probe_loss
         for epoch in range(1, epochs + 1):
             order = rng.permutation(train)
             labels = torch.from_numpy(y[order]).to(net.device).split(BATCH)
@@ -272,7 +272,7 @@ def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
     `seconds`. `probes` keeps the fitted ones of a split: but for the untrained X~ all seeds share them."""
     train, validation, test = split
     found, choices = {}, {}
-    for row in sum((ROWS[mode] for mode in ROWS if mode in args.mode), ()):
+    for row in [row for mode in ROWS if mode in args.mode for row in ROWS[mode]]:
         if row == MAJORITY:
             found[row] = np.eye(len(data.LABELS))[[np.bincount(y[train]).argmax()] * len(test)]
             continue
@@ -294,7 +294,7 @@ def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
     return {"probabilities": {row: values.tolist() for row, values in found.items()}, "choices": choices}
 
 
-# ---- Predictions -> scores. Only here are test labels looked at --------------------------------------------
+# ---- Predictions -> scores. Before this, test labels only stratify splits ----------------------------------
 
 
 def score(y, predicted, seeds):
@@ -345,7 +345,7 @@ def judge(net, loaded, seconds, results, lines, args):
         loaded[posts[i].set][1]["unreadable image"] += 1
     if not len(cache.readable):
         raise UserError(f"no image of {NAMES[posts[0].set]} in {posts[0].image.parent} can be read")
-    posts = [posts[i] for i in cache.readable]
+    posts = [posts[i] for i in cache.readable]  # from here on, indices are of these
     sets = np.array([post.set for post in posts])
     labels = np.array([post.label for post in posts])
     splits, notes, repeated = split_posts(posts, args)
@@ -365,7 +365,7 @@ def judge(net, loaded, seconds, results, lines, args):
         if kept.get("made_from") != made_from:
             took = Counter()
             with data.timed(took, "pool the features"):
-                features = features or extract_features(net, cache, splits)
+                features = features or extract_features(net, cache, args.seeds)
             found = predict_rows(net, cache, features, labels, split, seed, probes[hashes[seed]], took, args)
             kept = {"made_from": made_from, **found, "seconds": took}
             path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""TI-JEPA (arXiv 2503.06380): the model, its masks and its energy. Tensors only; the only files are weights.
+"""TI-JEPA (arXiv 2503.06380): the model, its masks, its energy. The only files read here are weights.
 
 Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a block, C context patches)
 
@@ -9,7 +9,7 @@ Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a blo
     s_image, s_text     s_I, s_T   see above         the features that the frozen encoders output
     text_mask           -          [B, L] bool       True for a token of s_text, False for padding
     context_encoder     X (theta)  -> [B, C, D]      trained; reads the context patches and the caption
-    target_encoder      X~ (xi)    -> [B, N, D]      EMA copy of X; reads all patches and the caption
+    target_encoder      X~ (xi)    -> [B, N, D]      EMA copy of X; in training of the hidden patches only
     predictor           g (phi)    -> [B, M, P, D]   narrow ViT from context tokens to hidden patches
     masks.context       B_x        [B, C] int        indices of the visible patches
     masks.target        B_y(i)     [B, M, P] int     indices of the hidden patches, block by block
@@ -58,7 +58,7 @@ def refusing(what, advice):
 
 @dataclass
 class Config:
-    """The architecture, saved with each checkpoint."""
+    """What decides the model, saved with each checkpoint."""
     image_encoder: str  # a timm name, or "toy"
     text_encoder: str  # a Hugging Face name or a local folder, or "toy"
     dim: int  # D, width of X and X~
@@ -87,7 +87,7 @@ JEPA_14, JEPA_16 = "vit_huge_patch14_gap_224.in1k_ijepa", "vit_huge_patch16_gap_
 GTE = "alibaba-nlp-community/gte-{}-en-v1.5"
 MINI_LM = "sentence-transformers/all-MiniLM-L6-v2"
 PRESETS = {
-    # All predictors have heads of width 32, as I-JEPA's.
+    # f_I, f_T, X's dim, depth, heads; then g's depth, dim, heads, which are of width 32, as I-JEPA's
     "toy": Config("toy", "toy", 96, 2, 4, 2, 64, 2),
     "tiny": Config("vit_tiny_patch16_224", MINI_LM, 192, 2, 4, 4, 96, 3),
     "small": Config(JEPA_14, GTE.format("base"), 768, 4, 8),
@@ -263,6 +263,7 @@ class Block(nn.Module):
     def forward(self, x, text=None, text_mask=None, last=0):
         """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D], or of the `last` tokens [B, last, D]"""
         h = self.norm_attention(x)
+        # With last=0 these are all: x[:, -0:] is x[:, 0:]
         x = x[:, -last:] + self.attention(h[:, -last:], h if text is None else text, text_mask)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -275,7 +276,8 @@ def init_weights(module):
 
 
 class FusionEncoder(nn.Module):
-    """X: image tokens are queries, text tokens keys and values (paper section 3, "text-to-image" encoder)."""
+    """X: image tokens are queries, text tokens keys and values (paper section 3, "text-to-image" encoder).
+    Patches do not attend to each other, and no positions are added: f_I's tokens carry both."""
 
     def __init__(self, image_dim, text_dim, dim, depth, heads):
         super().__init__()
@@ -371,7 +373,7 @@ def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), t
     row, column = torch.arange(N) // columns, torch.arange(N) % columns  # [N] each
     generator = generator_of(seed, step)
 
-    def draw(count, height, width):
+    def place(count, height, width):
         """Which patches lie in `count` blocks, placed anywhere in each image: [B, count, N] bool"""
         top = torch.randint(rows - height + 1, (batch, count, 1), generator=generator)
         left = torch.randint(columns - width + 1, (batch, count, 1), generator=generator)
@@ -379,12 +381,12 @@ def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), t
 
     target_size = block_size(grid, target_area, target_aspect, generator)
     context_size = block_size(grid, context_area, (1.0, 1.0), generator)
-    hidden = draw(blocks, *target_size)  # [B, M, N]
-    context = draw(1, *context_size)[:, 0]  # [B, N]
-    while (too_few := (context & ~hidden.any(1)).sum(1) < N // 10).any():  # these images' blocks again
-        hidden = torch.where(too_few[:, None, None], draw(blocks, *target_size), hidden)
+    hidden = place(blocks, *target_size)  # [B, M, N]
+    window = place(1, *context_size)[:, 0]  # [B, N]
+    while (too_few := (window & ~hidden.any(1)).sum(1) < N // 10).any():  # these images' blocks again
+        hidden = torch.where(too_few[:, None, None], place(blocks, *target_size), hidden)
 
-    visible = context & ~hidden.any(1)  # [B, N]
+    visible = window & ~hidden.any(1)  # [B, N]
     order = torch.rand(batch, N, generator=generator).masked_fill(~visible, -1.0)
     context = order.topk(int(visible.sum(1).min()), dim=1).indices.sort(dim=1).values  # [B, C]
     target = hidden.nonzero()[:, 2].view(batch, blocks, -1)  # [B, M, P]: all blocks have P patches
@@ -443,12 +445,12 @@ def effective_rank(features):
 
 
 class Output(NamedTuple):
-    """One forward pass. D is X~'s width, or f_I's with `target="image"`; X's output is of X's width."""
+    """One forward pass. D is the width of the targets: X~'s, or f_I's with `target="image"`."""
     energy: torch.Tensor  # [B]: of each pair; the loss is its mean
     patch_energy: torch.Tensor  # [B, M, P]: of each hidden patch
     target: torch.Tensor  # [B, M, P, D]: the normalised targets of the hidden patches
     prediction: torch.Tensor  # [B, M, P, D]
-    context: torch.Tensor  # [B, C, D]: X's output
+    context: torch.Tensor  # [B, C, config.dim]: X's output
 
 
 class TIJEPA(nn.Module):
@@ -465,7 +467,7 @@ class TIJEPA(nn.Module):
         self.grid = self.image_encoder.grid
         sample_masks(self.grid, 1, seed=0)  # refuse a grid too small before anything is encoded
         self.context_encoder = FusionEncoder(image_dim, text_dim, config.dim, config.depth, config.heads)
-        # X~ starts as a copy of X. There is no dropout: train and eval mode are the same function.
+        # X~ starts as a copy of X. Neither has dropout, so train and eval mode are the same function.
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
         target_dim = image_dim if config.target == "image" else config.dim
         self.predictor = Predictor(self.grid, config.dim, config.predictor_dim, config.predictor_depth,
@@ -504,7 +506,7 @@ class TIJEPA(nn.Module):
         return states.to(self.dtype), mask
 
     def frozen(self, images, texts):
-        """images [B, 3, H, W], B strings -> s_image, s_text, text_mask. Raises UserError for any others."""
+        """images [B, 3, H, W], B strings -> s_image, s_text, text_mask; UserError for others."""
         size = self.image_encoder.data_config["input_size"]
         if isinstance(texts, str) or len(texts) != len(images) or images.shape[1:] != size:
             raise UserError(f"pictures {list(images.shape)} with {texts!r:.60}: {self.config.image_encoder} "
@@ -518,7 +520,7 @@ class TIJEPA(nn.Module):
             prediction = self.predictor(context, masks)  # g: [B, M, P, D]
             with torch.no_grad():
                 target = gather(s_image, masks.target.flatten(1))  # f_I's: fixed, blind to the caption
-                if self.config.target == "ema":  # each patch reads the caption alone, so these suffice
+                if self.config.target == "ema":  # X~ mixes no patches, so the hidden ones suffice
                     target = self.target_encoder(target, s_text, text_mask)  # X~: [B, M * P, D]
                 target = F.layer_norm(target.float(), target.shape[-1:])  # without affine: I-JEPA's train.py
                 target = target.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]

@@ -5,8 +5,8 @@
     python pretrain.py --eval out/toy/checkpoint.pt
     python pretrain.py --eval out/toy/checkpoint.pt --image a.jpg --captions "red bars ..." "navy tiles ..."
 
-The first writes OUT/checkpoint.pt, all that --resume needs to end as a run without the break, and its log,
-OUT/log.jsonl: a line each --log_every steps, printed as they come. Of the training:
+The first writes OUT/checkpoint.pt, all that --resume needs to end as a run without the break, curves.png,
+and its log, log.jsonl: a line each --log_every steps, printed at once, written with checkpoints. Of training:
 
     step, epoch        optimiser steps and passes over the images done
     loss               mean of the loss since the last line; no evidence: it also falls in a collapse
@@ -74,7 +74,7 @@ PRESETS = {
     "tiny": dict(epochs=30, batch_size=16, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
-# Options that --resume may find changed: they change at most rounding, or their contents are compared
+# Options and parts of Config that --resume may find changed: of no effect, or compared by their contents
 FREE = {"out", "coco", "device", "workers", "cache", "accumulate", "compile", "resume", "bench", "eval",
         "eval_masks", "posts", "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
 
@@ -119,7 +119,7 @@ def parse_args(argv=None):
     add("--workers", **number(int, 1), default=2, help="threads that read and decode images")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
     add("--compile", action="store_true", help="torch.compile the trained half (for CUDA)")
-    add("--log_every", **number(int, 1), help="steps between log lines; the first of an epoch also saves")
+    add("--log_every", **number(int, 1), help="steps between log lines; the first past an epoch's end saves")
     add("--resume", action="store_true", help="resume from OUT/checkpoint.pt if it is there")
     add("--bench", action="store_true", help="measure how long the preset takes, without data or download")
     add("--posts", **number(int, 1), default=21535, help="with --bench: posts (21,535: both MVSA sets)")
@@ -137,16 +137,16 @@ def parse_args(argv=None):
     return args
 
 
-# ---- What the loop needs: first schedules, from `start` at step 0 to `final` at step total - 1 -------------
+# ---- What the loop needs: first the schedules, functions of the step from 0 to total - 1 -------------------
 
 
 def linear(step, total, start, final):
-    """In a straight line."""
+    """From `start` at step 0 to `final` at the last step, in a straight line."""
     return start + (final - start) * step / max(1, total - 1)
 
 
 def cosine(step, total, start, final):
-    """On half a cosine."""
+    """The same on half a cosine."""
     return final + (start - final) * 0.5 * (1 + math.cos(math.pi * step / max(1, total - 1)))
 
 
@@ -177,7 +177,7 @@ def write_log(path, log):
 
 
 def build_optimizer(net):
-    """AdamW over X and g in two groups: what is decayed, and biases and norms, which are not."""
+    """AdamW over X and g: first the group that is decayed, then biases and norms. The loop sets lr and wd."""
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim <= 1]}]
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=net.device.type == "cuda")
@@ -185,7 +185,7 @@ def build_optimizer(net):
 
 @contextmanager
 def catch_signals():
-    """Inside, Ctrl-C and SIGTERM are only noted in a list, for the loop; a second Ctrl-C ends the process."""
+    """Inside, Ctrl-C and SIGTERM are only noted in a list, for the loop; the next Ctrl-C ends the process."""
     signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def note(number, frame):
@@ -237,14 +237,14 @@ def run_identity(args, net, items, cache):
     """All that decides how a run ends: {name: value}. --resume compares it."""
     options = {f"--{name}": value for name, value in vars(args).items() if name not in FREE}
     config = {name: value for name, value in asdict(net.config).items() if name not in {*FREE, *vars(args)}}
-    pictures = [(path.name, contents) for (path, _), contents in zip(items, cache.digests)]
-    return {**config, **options, "--dtype": str(net.dtype), **cache.encoders, "data": data.digest(pictures)}
+    pairs = [(path.name, contents) for (path, _), contents in zip(items, cache.digests)]  # with captions
+    return {**config, **options, "--dtype": str(net.dtype), **cache.encoders, "data": data.digest(pairs)}
 
 
-def resume(path, identity, net, optimizer, scaler, seconds):
+def resume(path, constant, net, optimizer, scaler, seconds):
     """Load the run that `path` is of -> (step, log, start_share, running). UserError names what differs."""
     with model.read_checkpoint(path) as saved:
-        differs = model.differences(saved["identity"], identity)
+        differs = model.differences(saved["identity"], constant["identity"])
         if differs:
             raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
         net.load_trained_state(saved["model"])
@@ -254,7 +254,7 @@ def resume(path, identity, net, optimizer, scaler, seconds):
             if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
                 raise ValueError("moments of another shape")
         log = [dict(line, step=int(line["step"])) for line in saved["log"]]
-        seconds.update(saved["seconds"])
+        seconds.update(saved["seconds"])  # a Counter: adds
         return int(saved["step"]), log, float(saved["start_share"]), saved["running"].reshape(2)
 
 
@@ -264,7 +264,7 @@ def main(args):
     rank, world_size, device = join_processes(args)
     micro_batches = split_batch(args, rank, world_size)
 
-    # -- data: the features of every readable picture and caption, from the cache
+    # -- the model, and its data: the features of every readable picture and caption, from the cache
     path, coco = Path(args.out) / "checkpoint.pt", args.coco or "data/coco"
     items, skipped = data.load_coco(coco, args.max_images)  # what is missing is said before any download
     torch.manual_seed(args.seed)
@@ -279,23 +279,22 @@ def main(args):
     if not steps:
         raise UserError(f"--batch_size {args.batch_size} is above the {len(train_images)} images to train on")
 
-    def draw(step, rows):
-        """(images, captions) of a micro-batch: a pure function, so that a resumed run needs no state."""
+    def pairs_of(step, part):
+        """Indices (images, captions) of a micro-batch: a pure function, so that resuming needs no state."""
         images, captions = data.epoch_order(cache, train_images, args.seed, step // steps_per_epoch)
         if args.shuffle_captions:
             captions = np.roll(captions, 1)
         first = step % steps_per_epoch * args.batch_size
-        return images[first:][rows], captions[first:][rows]
+        return images[first:][part], captions[first:][part]
 
     # -- optimiser, and the identity of the run
     optimizer = build_optimizer(net)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=net.dtype == torch.float16)
-    ddp = torch.compile(net, dynamic=True) if args.compile else net  # masks and captions differ in length
-    ddp = DistributedDataParallel(ddp, broadcast_buffers=False) if world_size > 1 else ddp
-    identity = run_identity(args, net, items, cache)
+    forward = torch.compile(net, dynamic=True) if args.compile else net  # masks, captions differ in length
+    forward = DistributedDataParallel(forward, broadcast_buffers=False) if world_size > 1 else forward
     constant = {"config": asdict(net.config), "encoders": cache.encoders, "skipped": dict(+skipped),
-                "identity": identity, "coco": str(Path(coco).resolve()),
+                "identity": run_identity(args, net, items, cache), "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
     print(f"pretrain: preset {args.preset}, {len(train_images)} images of {coco} to train on, "
           f"{len(held_out)} held out (skipped: {data.describe(skipped)}), {device}, {net.dtype}, "
@@ -308,7 +307,7 @@ def main(args):
     if path.exists() and not args.resume:
         print(f"pretrain: begins anew and will replace {path}; --resume would continue it")
     elif path.exists():
-        first_step, log, start_share, running = resume(path, identity, net, optimizer, scaler, seconds)
+        first_step, log, start_share, running = resume(path, constant, net, optimizer, scaler, seconds)
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
     running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
@@ -326,7 +325,8 @@ def main(args):
 
     began = line_time = time.time()
     waited = Counter()
-    batches = cache.batches(draw(step, rows) for step in range(first_step, steps) for rows in micro_batches)
+    order = (pairs_of(step, part) for step in range(first_step, steps) for part in micro_batches)
+    batches = cache.batches(order)  # lazy: the next is read while this one is trained on
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             # -- schedules and masks of this step
@@ -338,11 +338,11 @@ def main(args):
             masks = model.sample_masks(net.grid, args.batch_size, args.seed, step).to(device)
 
             # -- forward and backward, micro-batch by micro-batch
-            for rows in micro_batches:
+            for part in micro_batches:
                 with data.timed(waited, "data"):
                     s_image, s_text, text_mask = next(batches)  # [B, N, D_I], [B, L, D_T], [B, L]
-                ddp.require_backward_grad_sync = rows == micro_batches[-1]  # averages gradients once a step
-                out = ddp(s_image, s_text, text_mask, model.Masks(*(index[rows] for index in masks)))
+                forward.require_backward_grad_sync = part == micro_batches[-1]  # DDP: averages once a step
+                out = forward(s_image, s_text, text_mask, model.Masks(*(index[part] for index in masks)))
                 loss = out.energy.mean()
                 if args.vicreg:
                     loss = loss + args.vicreg * model.vicreg_term(out.context)
@@ -362,23 +362,23 @@ def main(args):
             if scaler.is_enabled():
                 running[1] += (~grad_norm.isfinite()) / world_size  # the same norm in all processes
 
-            # -- now and then a log line; the first time in an epoch, and when stopped, a checkpoint
+            # -- when due a log line; with the first past an epoch's end, and when stopped, a checkpoint
             done = step + 1
             stop = all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX).item()
             log_now = done % args.log_every == 0 or done == steps
             if not log_now and not stop:
                 continue
-            loss, overflows = all_reduce(running).tolist()  # waits for the device
+            loss_sum, overflows = all_reduce(running).tolist()  # since the last line; waits for the device
             elapsed = time.time() - line_time
             metrics = held_out_metrics(net, held_features)
-            if not math.isfinite(loss + metrics["energy_matched"]):
+            if not math.isfinite(loss_sum + metrics["energy_matched"]):  # never saved
                 raise FloatingPointError(f"the loss is not finite by step {done}; lower --lr or --clip")
             last = log[-1]["step"] if log else 0
             if log_now:
-                line = dict(step=done, epoch=done / steps_per_epoch, loss=loss / (done - last), lr=lr, wd=wd,
-                            momentum=momentum, start_share=start_share, grad_norm=grad_norm.item(),
-                            skipped_steps=round(overflows),  # a resumed run may begin between two lines:
-                            images_per_s=(done - max(last, first_step)) * args.batch_size / elapsed,
+                here = done - max(last, first_step)  # steps of this process: it may begin between two lines
+                line = dict(step=done, epoch=done / steps_per_epoch, loss=loss_sum / (done - last), lr=lr,
+                            wd=wd, momentum=momentum, start_share=start_share, grad_norm=grad_norm.item(),
+                            skipped_steps=round(overflows), images_per_s=here * args.batch_size / elapsed,
                             data_wait=waited["data"] / elapsed, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
@@ -412,8 +412,9 @@ def held_out_metrics(net, features):
     """The held-out part of a log line; see the top of this file."""
     s_image, s_text, text_mask = features
     matched = net.measure(s_image, s_text, text_mask)
-    mismatched = net.measure(s_image, s_text.roll(1, 0), text_mask.roll(1, 0)).energy  # X~ reads it, too
-    others = (matched.target.sum(0) - matched.target) / (len(s_image) - 1)  # each image's own is not in it
+    mismatched = net.measure(s_image, s_text.roll(1, 0), text_mask.roll(1, 0)).energy  # wrong for X and X~
+    # One draw of masks for all: [:, m, p] is the same patch in each. An image's own target is left out.
+    others = (matched.target.sum(0) - matched.target) / (len(s_image) - 1)
     metrics = dict(energy_matched=matched.energy.mean(), energy_mismatched=mismatched.mean(),
                    pair_accuracy=wins(matched.energy, mismatched).mean(),
                    energy_position=net.patch_energy(others, matched.target).mean(),
@@ -507,8 +508,8 @@ def evaluate(args):
     plot_energies(energies, folder / "energies.png")
     pictures, captions = zip(*[(data.read_image(items[i][0]), items[i][1][0]) for i in cache.readable[:4]])
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
-    image = np.arange(len(pictures)).repeat(2)  # each with its own caption, then with another's
-    text = image - np.arange(len(image)) % 2
+    image = np.arange(len(pictures)).repeat(2)  # 0 0 1 1 ...
+    text = image - np.arange(len(image)) % 2  # 0 -1 1 0 ...: its own caption, then the one before
     chosen = [feature[:len(pictures)][index] for feature, index in zip(features, (image, text, text))]
     plot_maps(net, pictures, chosen, [captions[i] for i in text], folder / "maps.png")
     # The last file: when it is there, all are.
@@ -520,7 +521,7 @@ def evaluate(args):
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
 TOKENS = 24  # of a caption or a post, padded to the longest of its batch
-STEP = ("masks", "forward", "backward", "optimiser", "EMA")  # once a micro-batch, the last two once a step
+STEP = ("masks", "forward", "backward", "optimiser", "EMA")  # on B images; the last two once a step
 
 
 def time_parts(args, net, B, rounds=100, limit=30):
@@ -721,7 +722,7 @@ def run(argv=None):
     elif args.bench:
         command = bench
     elif not dist.is_torchelastic_launched() or os.environ["RANK"] == "0":
-        command = data.locked(args.out)(main)  # one process writes
+        command = data.locked(args.out)(main)  # main inside the lock of OUT: one process writes
     to_lower = "--batch_size or --held_out, or raise --accumulate, which gives the same result"
     return data.run_command(lambda: command(args), to_lower)
 
