@@ -182,7 +182,7 @@ def fit_probe(x, y, train, validation):
 
         optimizer.step(evaluate)
         w = torch.linalg.solve_triangular(L.T, u.detach(), upper=True)
-        scaled = w.double() / torch.from_numpy(standard.scale_)[:, None]  # [D, 2 * 3], of features as they are
+        scaled = w.double() / torch.from_numpy(standard.scale_)[:, None]  # [D, 2 * 3], of raw features
         for k, of_raw in enumerate(scaled.split(K, dim=1)):
             head = torch.nn.Linear(D, K).requires_grad_(False)
             head.weight.copy_(of_raw.T)
