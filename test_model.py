@@ -985,28 +985,25 @@ def write_labels(folder, rows, columns):
     return folder
 
 
-def test_posts_with_each_way_to_be_dropped(tmp_path):
-    votes = {1: (P, P), 2: (U, N), 3: (P, N), 4: (U, U), 9: (N, U), 10: (U, U)}
-    folder = write_labels(tmp_path, [f"{post}\t{','.join(pair)}" for post, pair in votes.items()], 1)
-    for post in votes:
-        (folder / f"data/{post}.txt").write_text(f"post {post}")
+def test_posts_of_any_encoding_are_read_and_dropped_for_each_reason(tmp_path):
+    cafe, hello = "caf\u00e9", "\u4f60\u597d"
+    contents = [(b"plain\r\n", "plain"), (b"\xef\xbb\xbfbom", "bom"), (b"", ""), (b"caf\xe9", cafe),
+                (f"{cafe} {hello}".encode(), f"{cafe} {hello}"), (b"\xff\xff\xff", "\xff" * 3),
+                (hello.encode("gb18030"), hello), (f"{hello} \u0416".encode("utf-16"), f"{hello} \u0416")]
+    votes = [(P, P), (U, N), (U, U), *5 * [(N, U)], (P, N), (N, U), (U, U)]
+    folder = write_labels(tmp_path, [f"{post}\t{','.join(pair)}" for post, pair in enumerate(votes)], 1)
+    for post in range(len(votes)):
+        (folder / f"data/{post}.txt").write_bytes(contents[post % 8][0])
         (folder / f"data/{post}.jpg").touch()
     for name in ("data/9.jpg", "data/10.txt"):
         (folder / name).unlink()
         (folder / name).mkdir()  # is there, but no file
     posts, skipped = data.load_mvsa(folder)
-    assert posts == [data.Post("single", str(i), folder / f"data/{i}.jpg", f"post {i}", label)
-                     for i, label in ((1, 0), (2, 2), (4, 1))]
+    assert [post.text for post in posts] == [text for _, text in contents]
+    assert [post.label for post in posts] == [0, 2, 1, *5 * [2]]
+    found = [(post.set, post.id, post.image) for post in posts]
+    assert found == [("single", str(i), folder / f"data/{i}.jpg") for i in range(8)]
     assert skipped == {"text and image of opposite polarity": 1, "text or image file missing": 2}
-
-
-@pytest.mark.parametrize("content, text", [
-    (b"plain\r\n", "plain"), (b"\xef\xbb\xbfbom", "bom"), (b"", ""), (b"caf\xe9", "caf\u00e9"),
-    ("caf\u00e9 \u4f60\u597d".encode(), "caf\u00e9 \u4f60\u597d"), (b"\xff\xff\xff", "\xff" * 3),
-    ("\u4f60\u597d".encode("gb18030"), "\u4f60\u597d"),
-    ("\u4f60\u597d \u0416".encode("utf-16"), "\u4f60\u597d \u0416")])
-def test_posts_in_any_encoding_are_read(content, text):
-    assert data.decode_text(content) == text
 
 
 @pytest.mark.parametrize("single, multi", [("MVSA_Single", "MVSA_Multiple"), ("b", "y/a")])
@@ -1074,18 +1071,17 @@ def test_published_split(tmp_path):
     posts = [data.Post("single", str(i), Path(), "", i % 3) for i in range(30)]
     entries = [(str(i), i % 3) for i in range(28)] + [("999", 0)]
     home, multi = (tmp_path / f"MVSA-{name}" / "10-flod-1" for name in ("single", "multiple"))
-    twice, deep = tmp_path / "single again", tmp_path / "multimodal-sentiment"
     write_split(home, entries[:20], entries[20:24], entries[24:])
     write_split(multi, [], [], [])
     for folder in (tmp_path, home.parent, home):
         parts, notes = data.clmlf_split(folder, posts)
         assert [part.tolist() for part in parts] == [list(range(20)), [20, 21, 22, 23], [24, 25, 26, 27]]
         assert +notes == {"listed, but not among the posts": 1, "not listed, so not used": 2}
-    shutil.copytree(home, deep / "split")  # the name above it is no hint
-    assert [len(part) for part in data.clmlf_split(deep, posts)[0]] == [20, 4, 4]
-    write_split(twice, entries[:20], entries[20:24], entries[18:22])  # posts in two parts
+    shutil.copytree(home, tmp_path / "multimodal-sentiment" / "split")  # the name above it is no hint
+    assert [len(part) for part in data.clmlf_split(tmp_path / "multimodal-sentiment", posts)[0]] == [20, 4, 4]
     relabelled = [replace(post, label=(post.label + 1) % 3) for post in posts]
-    for folder, strange in ((home, relabelled), (twice, posts), (multi.parent, posts)):
+    write_split(tmp_path / "single again", entries[:20], entries[20:24], entries[18:22])  # posts in two parts
+    for folder, strange in ((home, relabelled), (tmp_path / "single again", posts), (multi.parent, posts)):
         with pytest.raises(UserError, match="not a split of MVSA-single"):
             data.clmlf_split(folder, strange)
 
@@ -1437,11 +1433,9 @@ def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained
     typed = ["red bars blue tiles lime bands ink lines", "moss bars", "who are they"]
     before = tree(pretrained.out)
     *lines, worth = call(pretrain, *options, "--image", image, "--captions", *typed).out.splitlines()
-    energies, captions, *notes = zip(*(line.split("  ") for line in lines if "who" not in line))
-    assert sorted(captions) == sorted(typed[:2]) and not notes
-    unknown = "  who are they  (f_T does not know most of its words)"
-    assert [line[6:] for line in lines if "who" in line] == [unknown]
-    energies = [float(line[:6]) for line in lines]
+    energies, _, captions = zip(*(line.partition("  ") for line in lines))
+    assert sorted(captions) == sorted([*typed[:2], "who are they  (f_T does not know most of its words)"])
+    energies = [float(energy) for energy in energies]
     assert energies == sorted(energies) and len(set(energies)) == 3
     assert f"pair accuracy on the held-out images: {logged['pair_accuracy']:.2f}" in worth
     assert [path.name for path in (tmp_path / "ranked").glob("*.png")] == ["maps_1.png"]
@@ -1514,8 +1508,8 @@ def spoil(out, change):
     torch.save(checkpoint, out / "checkpoint.pt")
 
 
-HELD_OUT, OTHER_DATA, NOT_WHOLE = ["{held_out}"], ["data (then "], ["is not a whole checkpoint"]
-OTHER_WEIGHTS = ["f_I weights (then "]
+HELD_OUT, OTHER_DATA = ["{path}", "{held_out}"], ["{path}", "data (then "]
+NOT_WHOLE, OTHER_WEIGHTS = ["{path} is not a whole checkpoint"], ["{path}", "f_I weights (then "]
 ACCIDENTS = {  # what happens: (how, words of --eval, words of --resume); none: it goes on; None: not asked
     "nothing": (lambda run: None, [], []),
     "the log is cut off": (lambda run: os.truncate(run.out / "log.jsonl", 200), None, []),
@@ -1534,7 +1528,7 @@ ACCIDENTS = {  # what happens: (how, words of --eval, words of --resume); none: 
         run.out, lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1))), None, NOT_WHOLE),
     "torn": (lambda run: os.truncate(run.out / "checkpoint.pt", 3_000_000), NOT_WHOLE, NOT_WHOLE),
     "--lr 0.5 --seed 3 --target image --epochs 3 --held_out 9 --shuffle_captions": (lambda run: None, None, [
-        "--lr (then 0.001, now 0.5)", "--seed (then 0, now 3)", "--target (then ema, now image)",
+        "{path}", "--lr (then 0.001, now 0.5)", "--seed (then 0, now 3)", "--target (then ema, now image)",
         "--epochs (then 2, now 3)", "--held_out (then 8, now 9)", "--shuffle_captions (then False"])}
 
 
@@ -1557,10 +1551,8 @@ def test_after_an_accident_a_run_ends_as_without_or_is_refused_and_kept(
         if words is None:
             continue
         said = call(pretrain, *command, *places, code=2 if words else 0).err
-        assert all(word.format(held_out=held_out[0].name) in said for word in words)
+        assert all(word.format(path=path, held_out=held_out[0].name) in said for word in words)
         assert said.count("(then") == sum("(then" in word for word in words)
-        if words:
-            assert str(path) in said
         if words or command != resume:
             assert tree(out) == before
     if resume_says == []:
@@ -1578,10 +1570,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_files_before(pre
 
 
 def test_ctrl_c_and_sigterm_save_and_resume_goes_on_exactly(whole_run, tmp_path, monkeypatch):
-    checkpoint = tmp_path / "checkpoint.pt"
-    for number, code, step in ((signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 11)):
-        in_step(monkeypatch, step, signal.raise_signal, number)
+    """A second Ctrl-C ends the process at once, as the system does."""
+    checkpoint, numbers = tmp_path / "checkpoint.pt", (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(one) for one in numbers]
+
+    def interrupt(number):
+        assert signal.getsignal(signal.SIGINT) != handlers[1]
+        signal.raise_signal(number)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the system's: it kills
+
+    for number, code, step in zip(numbers, (143, 130), (3, 11)):
+        in_step(monkeypatch, step, interrupt, number)
         done = train(whole_run, tmp_path, "--resume", code=code)
+        assert [signal.getsignal(one) for one in numbers] == handlers
         assert f"stopped after step {step} of 40" in done.out and "Traceback" not in done.err
         assert run_state(tmp_path)["step"] == len(run_log(tmp_path)) == step
     assert "after step 11 of 40" in train(whole_run, tmp_path, "--resume").out
@@ -1589,16 +1590,6 @@ def test_ctrl_c_and_sigterm_save_and_resume_goes_on_exactly(whole_run, tmp_path,
     before = checkpoint.stat().st_mtime_ns
     assert "after step 40 of 40" in train(whole_run, tmp_path, "--resume").out
     assert checkpoint.stat().st_mtime_ns == before
-
-
-def test_a_second_ctrl_c_ends_at_once():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pretrain.catch_signals() as asked:
-        assert asked == [] and signal.getsignal(signal.SIGINT) != before[0]
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the system's: it kills
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_kill_9_at_20_random_moments_loses_nothing_but_time(whole_run, tmp_path):
@@ -1626,8 +1617,7 @@ def test_kill_9_at_20_random_moments_loses_nothing_but_time(whole_run, tmp_path)
     assert_same_run(tmp_path, whole_run.out)
 
 
-def test_a_second_run_into_the_same_folder_is_refused_and_the_first_goes_on(
-        whole_run, tmp_path, monkeypatch):
+def test_a_second_run_into_a_folder_is_refused_and_the_first_goes_on(whole_run, tmp_path, monkeypatch):
     refused = []
 
     def run_again():
@@ -1699,11 +1689,11 @@ def single(toy, pretrained):
 
 def tune(single, epochs, split):
     """-> (the fine-tuned classifier, its choice, the classifier that it starts as, the probe)"""
-    train, validation, _ = split
-    probe, choice = finetune_mvsa.fit_probe(single.features[PRETRAINED], single.y, train, validation)
+    *parts, _ = split
+    probe, choice = finetune_mvsa.fit_probe(single.features[PRETRAINED], single.y, *parts)
     given = single.net, single.net.target_encoder, probe
-    rest = single.cache, single.y, train, validation, epochs, 0
-    return *finetune_mvsa.finetune(*given, choice, *rest), finetune_mvsa.Classifier(*given), probe
+    tuned = finetune_mvsa.finetune(*given, choice, single.cache, single.y, *parts, epochs, 0)
+    return *tuned, finetune_mvsa.Classifier(*given), probe
 
 
 def test_nothing_that_is_chosen_or_trained_sees_a_test_label(single):
@@ -1772,8 +1762,7 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, pre
         assert not any(torch.equal(p, start.get_parameter(name)) for name, p in tuned.named_parameters())
         assert {p.dtype for p in tuned.parameters()} == {torch.float32}
     assert scaled == [False, precision == "float16"]
-    x = single.features[PRETRAINED][split[0]]
-    expected = finetune_mvsa.probabilities_of(probe, x)
+    expected = finetune_mvsa.probabilities_of(probe, single.features[PRETRAINED][split[0]])
     assert np.allclose(found[0], expected, atol=1e-4)
     assert abs(found[1] - found[0]).mean() > 0.1  # what is learnt is much more than the precisions differ by
     assert abs(found[3] - found[1]).mean() < 0.01 and (precision == "float32") == np.array_equal(*found[::2])
@@ -1966,9 +1955,9 @@ def test_ablation_table_is_made_from_the_runs_files(tmp_path):
         (out / "log.jsonl").write_text('{"loss": 9, "step": 3}\n{"loss": 0.25, "step": 6}\n')
         judged = dict(energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7, step=6)
         (out / "eval.json").write_text(json.dumps(judged))
-        rows = {"single": finetune_mvsa.ROWS["probe"], "multi": ROWS}
-        sets = {kind: {"scores": {row: {"accuracy": [n, n + 2]} for row in rows[kind]}}
-                for kind, n in (("single", 60 + 10 * seed), ("multi", 70 + 10 * seed))}
+        single, multi = ({"accuracy": [n + 10 * seed, n + 10 * seed + 2]} for n in (60, 70))
+        sets = {"single": {"scores": dict.fromkeys(finetune_mvsa.ROWS["probe"], single)},
+                "multi": {"scores": dict.fromkeys(ROWS, multi)}}
         (out / "results.json").write_text(json.dumps({"sets": sets, "step": 6}))
     done = call(finetune_mvsa, "--ablate", tmp_path)
     assert (tmp_path / "results.md").read_text() in done.out
