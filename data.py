@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import quote
@@ -38,15 +38,13 @@ from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
-from model import PRESETS, ImageEncoder, UserError
+from model import OUT_OF_MEMORY, PRESETS, ImageEncoder, UserError
 
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
 CAPTIONS = "annotations/captions_train2017.json"
 COCO_HELP = "name its folder with --coco, or run `make coco COCO=DIR`, which fetches it from cocodataset.org"
 MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
              "social-data/ or, on Kaggle, vincemarcs/mvsasingle and vincemarcs/mvsamultiple")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST,
-               errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 # ---- What all commands share: options, errors, files -------------------------------------------------------
 
@@ -91,13 +89,11 @@ def run_command(command, memory):
         except KeyboardInterrupt:
             code, text = 130, "interrupted; the cache, the last checkpoint and finished seeds are kept"
         except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            text = (f"{error.filename or 'a file'} cannot be written or read: {error.strerror}; mend it, or "
-                    "name another folder (--out, --cache)")
+            text = (f"{error.filename or 'a file'} cannot be written or read: {error.strerror or error}; "
+                    "mend it, or name another folder (--out, --cache)")
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
-                raise  # these words are torch's own, on a GPU and on a CPU
+            if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
+                raise
             text = f"out of memory; lower {memory}\n  ({str(error)[:200]})"
         print(f"error: {text}", file=sys.stderr)
         return code
@@ -227,7 +223,7 @@ def load_coco(root, limit=0):
     """COCO 2017 below `root` -> items [(path, captions)] by image id, the first `limit` of them or all, and a
     Counter of what cannot be used. UserError if nothing is left."""
     folder, annotations = Path(root) / "train2017", Path(root) / CAPTIONS
-    missing = [str(path) for path in (folder, annotations) if not path.exists()]
+    missing = [str(folder)] * (not folder.is_dir()) + [str(annotations)] * (not annotations.is_file())
     if missing:
         raise UserError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
     files, captions = parse_captions(annotations.read_bytes(), annotations)
@@ -320,7 +316,11 @@ class FeatureCache:
             there = np.array([[images.tell()], [tokens.tell()]])
             if finished.exists() and (there == sizes[:, -1:]).all():
                 return
-            whole = max(0, (sizes <= there).all(0).sum() - 2)  # chunks, less one: its bytes may be lost
+            finished.unlink(missing_ok=True)
+            # Chunks that are whole, but for the last, whose bytes may be lost; what is too long is not ours
+            whole = max(0, (sizes <= there).all(0).sum() - 2)
+            if (there > sizes[:, -1:]).any():
+                whole = 0
             images.truncate(sizes[0, whole])
             tokens.truncate(sizes[1, whole])
             needed = (sizes[:, -1] - sizes[:, whole]).sum()
@@ -647,7 +647,7 @@ def write_toy(root, images=1100, posts=1000, seed=0):
     if there and read_file(root / "recipe.json") != recipe:
         raise UserError(f"{root} exists, but not as toy data of these options: remove it or name another")
     with locked(root, wait=True):
-        if not (root / "finished").exists():
+        if not (root / "finished").exists() or read_file(root / "recipe.json") != recipe:
             atomic_write(root / "recipe.json", recipe)  # from here on the folder is ours
             coco, single, multi = root / "coco", root / "mvsa/MVSA_Single", root / "mvsa/MVSA_Multiple"
             for folder in (coco / "train2017", coco / "annotations", single / "data", multi / "data"):
@@ -726,11 +726,16 @@ def fill(root, names, archive=""):
         except BadZipFile as error:
             raise UserError(f"{path} is broken: remove it and run again") from error
     with ThreadPool(16) as pool:  # of daemons: Ctrl-C waits for none of them
-        problems = filter(None, tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing))
-        failed = list(islice(problems, 25))  # after 100 tries it is the network
-    if failed:
-        raise UserError(f"{len(failed)} of {len(names)} cannot be fetched: {', '.join(failed[:3])}; run "
-                        "again, without a zip that is broken")
+        problems, in_a_row = [], 0
+        for problem in tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing):
+            problems += [problem] * bool(problem)
+            in_a_row = in_a_row + 1 if problem else 0
+            if in_a_row == 25:  # 100 tries: it is the network
+                break
+    if problems:
+        lacking = sum(not (root / name).is_file() for name in names)
+        raise UserError(f"{lacking} of {len(names)} cannot be fetched: {', '.join(problems[:3])}; run again, "
+                        "without a zip that is broken")
 
 
 def fetch_coco(root, images):

@@ -328,7 +328,7 @@ def read_json(path):
     """The object in a JSON file of ours, {} if it is not there, cut off or something else."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

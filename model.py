@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -33,11 +34,13 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 MAX_TEXT_TOKENS = 128  # a tweet of 140 characters or a COCO caption fits
+OUT_OF_MEMORY = "out of memory|allocate memory"  # torch's own words, on a GPU and on a CPU
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
 
 
@@ -51,7 +54,9 @@ def refusing(what, advice):
     try:
         yield
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-            AssertionError, pickle.UnpicklingError) as error:
+            AssertionError, pickle.UnpicklingError, SafetensorError) as error:
+        if re.search(OUT_OF_MEMORY, str(error)):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{what}: {reason}; {advice}") from error
 
@@ -140,8 +145,11 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """images [B, 3, H, W] -> patch tokens [B, N, D_I]"""
-        return self.vit.forward_features(images)[:, self.prefix:]
+        """images [B, 3, H, W] -> patch tokens [B, N, D_I]. Raises UserError if f_I outputs anything else."""
+        tokens = self.vit.forward_features(images)[:, self.prefix:]
+        if tokens.shape[1:-1] != (math.prod(self.grid),):
+            raise UserError(f"--image_encoder outputs {list(tokens.shape)}, not one for each of {self.grid}")
+        return tokens
 
 
 def toy_vit():
@@ -572,15 +580,17 @@ class TIJEPA(nn.Module):
     def from_checkpoint(cls, path, image_weights="", text_encoder=""):
         """A file of pretrain.py -> (TIJEPA in eval mode, all in the file). f_I and f_T may lie elsewhere now.
         Raises UserError if they are not what X was trained on."""
-        with read_checkpoint(path) as checkpoint:
+        checkpoint = read_checkpoint(path)
+        with of_a_checkpoint(path):
             config = Config(**checkpoint["config"])
-            config.image_weights = image_weights or config.image_weights
-            config.text_encoder = text_encoder or config.text_encoder
-            net = cls(config)
-            differs = differences(checkpoint["encoders"], net.fingerprint())
-            if differs:
-                raise UserError(f"{path} was trained on other encoders: {differs}; give the same with "
-                                "--image_weights and --text_encoder")
+        config.image_weights = image_weights or config.image_weights
+        config.text_encoder = text_encoder or config.text_encoder
+        net = cls(config)
+        differs = differences(checkpoint["encoders"], net.fingerprint())
+        if differs:
+            raise UserError(f"{path} was trained on other encoders: {differs}; give the same with "
+                            "--image_weights and --text_encoder")
+        with of_a_checkpoint(path):
             net.load_trained_state(checkpoint["model"])
         return net.eval(), checkpoint
 
@@ -590,12 +600,16 @@ CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skippe
                    "seconds", "model", "optimizer", "scaler", "running", "log")
 
 
-@contextmanager
+def of_a_checkpoint(path):
+    """A block in which what fails is the fault of this file: a UserError."""
+    return refusing(f"{path} is not a whole checkpoint of this version", "give another, or another folder")
+
+
 def read_checkpoint(path):
-    """A block with what a file of pretrain.py holds, on the CPU. What fails in it is the file's UserError."""
-    with refusing(f"{path} is not a whole checkpoint of this version", "give another one, or another folder"):
+    """What a file of pretrain.py holds, on the CPU. Raises UserError if it is not a whole one."""
+    with of_a_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-        yield {key: checkpoint[key] for key in CHECKPOINT_KEYS}
+        return {key: checkpoint[key] for key in CHECKPOINT_KEYS}
 
 
 def differences(then, now):

@@ -243,7 +243,8 @@ def run_identity(args, net, items, cache):
 
 def resume(path, constant, net, optimizer, scaler, seconds):
     """Load the run that `path` is of -> (step, log, start_share, running). UserError names what differs."""
-    with model.read_checkpoint(path) as saved:
+    saved = model.read_checkpoint(path)
+    with model.of_a_checkpoint(path):
         differs = model.differences(saved["identity"], constant["identity"])
         if differs:
             raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
@@ -279,13 +280,13 @@ def main(args):
     if not steps:
         raise UserError(f"--batch_size {args.batch_size} is above the {len(train_images)} images to train on")
 
-    def pairs_of(step, part):
-        """Indices (images, captions) of a micro-batch: a pure function, so that resuming needs no state."""
+    def pairs_of(step):
+        """Indices (images, captions) of each micro-batch: a pure function, so resuming needs no state."""
         images, captions = data.epoch_order(cache, train_images, args.seed, step // steps_per_epoch)
         if args.shuffle_captions:
             captions = np.roll(captions, 1)
         first = step % steps_per_epoch * args.batch_size
-        return images[first:][part], captions[first:][part]
+        return [(images[first:][part], captions[first:][part]) for part in micro_batches]
 
     # -- optimiser, and the identity of the run
     optimizer = build_optimizer(net)
@@ -325,7 +326,7 @@ def main(args):
 
     began = line_time = time.time()
     waited = Counter()
-    order = (pairs_of(step, part) for step in range(first_step, steps) for part in micro_batches)
+    order = (pairs for step in range(first_step, steps) for pairs in pairs_of(step))
     batches = cache.batches(order)  # lazy: the next is read while this one is trained on
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
