@@ -178,16 +178,15 @@ def test_energy_equals_a_plain_loop(images, loss, target):
         visible = g.embed(context) + g.positions[:, masks.context[b]]
         for m, patches in enumerate(masks.target[b]):
             x = torch.cat([visible, g.mask_token + g.positions[:, patches]], dim=1)
-            for block in g.blocks:
-                x = block(x)
-            predicted, y = g.proj(g.norm(x))[0, -len(patches):], tokens[0, patches]
+            predicted = g.proj(g.norm(torch.nn.Sequential(*g.blocks)(x)))[0, -len(patches):]
+            assert torch.allclose(out.prediction[b, m], predicted, atol=1e-5)
+            y = tokens[0, patches]
             y = (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
             assert torch.allclose(out.target[b, m], y, atol=1e-5)
-            assert torch.allclose(out.prediction[b, m], predicted, atol=1e-5)
-        d = (out.prediction[b] - out.target[b]).abs()
-        errors = d ** 2 if loss == "mse" else torch.where(d < 1, 0.5 * d ** 2, d - 0.5)
-        assert torch.allclose(out.patch_energy[b], errors.mean(-1), rtol=1e-5)
-        assert out.energy[b].item() == pytest.approx(errors.mean().item(), rel=1e-5)
+    d = (out.prediction - out.target).abs()
+    errors = d ** 2 if loss == "mse" else torch.where(d < 1, 0.5 * d ** 2, d - 0.5)
+    assert torch.allclose(out.patch_energy, errors.mean(-1), rtol=1e-5)
+    assert torch.allclose(out.energy, errors.mean((1, 2, 3)), rtol=1e-5)
 
 
 def test_vicreg_term_and_measures_of_collapse_by_hand():
@@ -365,12 +364,12 @@ def test_text_encoders_load_from_a_folder(tmp_path, name, longest):
 
 def test_encoders_are_known_by_all_that_decides_their_output(net, tmp_path):
     texts = []
-    for i, changes in enumerate(({}, {"transformers_version": "4.0"},  # the same; and what differs:
-                                 {"num_attention_heads": 4}, {"words": WORDS[::-1]},
-                                 {"file": "tokenizer.json", "normalizer": {"type": "Lowercase"}},
-                                 {"file": "tokenizer_config.json", "model_max_length": 7})):
-        save_text_encoder(tmp_path / str(i), **changes)
-        texts.append(model.TextEncoder(str(tmp_path / str(i))).fingerprint())
+    for changes in ({}, {"transformers_version": "4.0"},  # the same; and what differs:
+                    {"num_attention_heads": 4}, {"words": WORDS[::-1]},
+                    {"file": "tokenizer.json", "normalizer": {"type": "Lowercase"}},
+                    {"file": "tokenizer_config.json", "model_max_length": 7}):
+        save_text_encoder(tmp_path, **changes)
+        texts.append(model.TextEncoder(str(tmp_path)).fingerprint())
     assert texts[0] == texts[1] and all(model.differences(texts[0], other) for other in texts[2:])
     f_I, prints = net.image_encoder, [json.loads(json.dumps(net.fingerprint()))]
     for values, key in ((vars(f_I.vit.blocks[1].attn), "num_heads"), (f_I.data_config, "mean"),
@@ -541,7 +540,7 @@ def test_pictures_of_every_kind_are_read_or_counted(tmp_path, encoded):
 
 def test_an_error_that_is_not_the_pictures_skips_none(tmp_path, encoded, monkeypatch):
     items = [(tmp_path / "a.png", ["red bars"])] * 3
-    theirs = OSError(errno.EINVAL, "of a JPEG 2000 with a false offset"), RuntimeError("of an AVIF: no frame 0")
+    theirs = [OSError(errno.EINVAL, "of a JPEG 2000"), RuntimeError("of an AVIF: failed to decode frame 0")]
     monkeypatch.setattr(data, "read_image", Mock(side_effect=theirs))
     assert list(data.FeatureCache(tmp_path / "cache", items[:2], encoded.net, 1).unreadable) == [0, 1]
     monkeypatch.setattr(data, "read_image", Mock(side_effect=OSError(errno.EMFILE, "too many open files")))
@@ -709,7 +708,7 @@ def test_download_of_images_completes_over_a_bad_connection_and_is_not_done_agai
     assert not server.asked
     said = call(data, "coco", tmp_path, "--images", 42, code=2).err  # the last one is listed, but nowhere
     assert "1 of 42" in said and "000000000041.jpg (HTTP Error 404" in said
-    assert {**tree(tmp_path), **tree(toy / "coco")} == tree(tmp_path) and not list(tmp_path.rglob("*.tmp"))
+    assert tree(toy / "coco").items() <= tree(tmp_path).items() and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_download_of_the_zip_is_unpacked_once_and_names_what_it_lacks(toy, server, tmp_path):
@@ -717,7 +716,7 @@ def test_download_of_the_zip_is_unpacked_once_and_names_what_it_lacks(toy, serve
     said = call(data, "coco", tmp_path, "--images", 0, code=2).err
     assert "1 of 42" in said and "000000000041.jpg" in said
     assert all(path.endswith("2017.zip") for path, _ in server.asked)
-    assert {**tree(tmp_path), **tree(toy / "coco")} == tree(tmp_path)
+    assert tree(toy / "coco").items() <= tree(tmp_path).items()
     (tmp_path / "train2017.zip").write_bytes(b"cut off")
     broken = f"{tmp_path}/train2017.zip is broken"
     assert broken in call(data, "coco", tmp_path, "--images", 0, code=2).err
