@@ -672,7 +672,9 @@ class BadConnection(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/html" if fault == "login" else "image/jpeg")
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
-        for at in range(start, (start + len(body)) // 2 if fault == "cut" else len(body), 10000):
+        if fault == "cut":
+            body = body[:(start + len(body)) // 2]
+        for at in range(start, len(body), 10000):
             time.sleep(0.002)
             self.wfile.write(body[at:at + 10000])
 
