@@ -285,6 +285,11 @@ def test_what_cannot_be_is_refused_in_words(net, images, tmp_path):
     lacking = {key: value for key, value in state.items() if "blocks.1.attn.proj" not in key}
     cnn, fc1 = timm.create_model("test_efficientnet", num_classes=0).state_dict(), "blocks.0.mlp.fc1.weight"
 
+    torn, maps = tmp_path / "torn.safetensors", model.TIJEPA(CONFIG)
+    torn.write_bytes(bytes(9))
+    maps.image_encoder.vit.forward_features = lambda images: torch.zeros(len(images), 6, 6, 96)
+    maps.image_encoder.prefix = 0
+
     def load(name, state):
         torch.save(state, tmp_path / "weights")
         model.ImageEncoder(name, str(tmp_path / "weights"))
@@ -303,6 +308,8 @@ def test_what_cannot_be_is_refused_in_words(net, images, tmp_path):
             (lambda: load("test_vit", {**state, "extra.weight": torch.zeros(1)}), "extra.weight"),
             (lambda: load("test_efficientnet", cnn), "num_prefix_tokens.*ViT with a fixed patch grid"),
             (lambda: load("no_such_vit", state), "Unknown model"),
+            (lambda: model.ImageEncoder("test_vit", str(torn)), "SafetensorError.*--image_weights FILE"),
+            (lambda: maps.frozen_image(images), r"outputs \[3, 6, 6, 96\], not one for each of \(6, 6\)"),
             (lambda: model.TextEncoder(str(tmp_path)), "encoder.layer.2")):  # its config says 3 layers
         with pytest.raises(UserError, match=words):
             attempt()
@@ -709,6 +716,11 @@ def test_download_of_images_completes_over_a_bad_connection_and_is_not_done_agai
     said = call(data, "coco", tmp_path, "--images", 42, code=2).err  # the last one is listed, but nowhere
     assert "1 of 42" in said and "000000000041.jpg (HTTP Error 404" in said
     assert tree(toy / "coco").items() <= tree(tmp_path).items() and not list(tmp_path.rglob("*.tmp"))
+    names = [f"train2017/{i // 2:012d}{'x' * (i % 2)}.jpg" for i in range(60)]  # each second one is not there
+    (tmp_path / "half").mkdir()
+    with pytest.raises(UserError, match="30 of 60 cannot be fetched"):
+        data.fill(tmp_path / "half", names)
+    assert len(list((tmp_path / "half" / "train2017").glob("*.jpg"))) == 30
 
 
 def test_download_of_the_zip_is_unpacked_once_and_names_what_it_lacks(toy, server, tmp_path):
@@ -864,8 +876,9 @@ DAMAGE = {
 @pytest.mark.parametrize("name", ["image.f16", "text.f16"])
 @pytest.mark.parametrize("state, damage, chunks", [
     ("cache", "emptied", [31, 32, 7]), ("cache", "gone", [31, 32, 7]), ("cache", "cut short", [32, 7]),
-    ("cache", "cut by a chunk", [31, 32, 7]), ("cache", "longer", [7]), ("cut", "emptied", [31, 32, 7]),
-    ("cut", "cut short", [31, 32, 7]), ("cut", "longer", [32, 7]), ("cut", "last chunk torn", [32, 7])])
+    ("cache", "cut by a chunk", [31, 32, 7]), ("cache", "longer", [31, 32, 7]),
+    ("cut", "emptied", [31, 32, 7]), ("cut", "cut short", [31, 32, 7]), ("cut", "longer", [32, 7]),
+    ("cut", "last chunk torn", [32, 7])])
 def test_a_cache_is_not_believed_because_it_is_there_and_is_completed(
         encoded, tmp_path, monkeypatch, name, state, damage, chunks):
     before = encoded.cut if state == "cut" else encoded.cache.folder
@@ -1613,6 +1626,9 @@ def test_too_little_memory_names_what_to_lower(pretrained, tmp_path, monkeypatch
     monkeypatch.setattr(model.TIJEPA, "forward", lambda *inputs: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):  # any other error is a bug
         train(pretrained, tmp_path)
+    monkeypatch.setattr(model, "toy_vit", lambda: torch.empty(1 << 55))  # no fault of the file
+    judge = "--eval", pretrained.checkpoint, "--device", "cpu", "--out", tmp_path
+    assert "out of memory; lower" in call(pretrain, *judge, code=2).err
 
 
 # ---- finetune_mvsa.py, and the commands --------------------------------------------------------------------
@@ -2016,6 +2032,7 @@ BAD = {  # a command and, after <, what its data file holds: words of the messag
     "{train} --text_encoder some/bert": "some/bert --text_encoder PATH",
     "{train} --image_encoder vit_tiny_patch16_224 --image_weights a.txt": "--image_weights /a.txt vit_tiny",
     "{train} --out a.txt": "--out a.txt",
+    "{train} --out /proc/x/y": "/proc/x cannot be written --out",
     "{train} --cache a.txt/cache": "--cache a.txt/cache",
     "{train} --captions red --eval checkpoint.pt": "--image --captions",
     "{train} --captions red --eval checkpoint.pt --image a.txt": "--image a.txt",
