@@ -533,7 +533,8 @@ def duplicate_groups(posts):
     for i, post in enumerate(posts):
         for key in post_keys(post):
             linked.merge(i, first.setdefault(key, i))
-    return np.array([min(linked.subset(i)) for i in range(len(posts))])
+    number = {}  # of a group, by the post that DisjointSet names it by
+    return np.array([number.setdefault(linked[i], i) for i in range(len(posts))])
 
 
 def clmlf_split(folder, posts):
