@@ -681,7 +681,7 @@ def show(axis, pixels, title, grid, **scale):
 
 def plot_masks(pictures, captions, grid, path):
     """PIL images and their captions -> for each the picture, the patches that X sees, the target blocks."""
-    figure = Figure((8, 2.8 * len(pictures)), layout="constrained")
+    figure = Figure((8, round(2.8 * len(pictures), 1)), layout="constrained")  # else 839 pixels, not 840
     rows = figure.subplots(len(pictures), 3, squeeze=False)
     for draw, (picture, caption, axes) in enumerate(zip(pictures, captions, rows)):
         masks = model.sample_masks(grid, 1, seed=draw)
