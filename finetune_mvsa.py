@@ -239,8 +239,7 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
             labels = torch.from_numpy(y[order]).to(net.device).split(BATCH)
             for y_batch, (s_image, *text) in zip(labels, batches(cache, cache.readable[order])):
                 B, N = s_image.shape[:2]
-                few = max(9, (N + 15) // 16)  # with 5 of the toy's 36, one random start in five did not learn
-                drawn = rng.random((B, N)).argsort(1)[:, :few]  # [B, few]
+                drawn = rng.random((B, N)).argsort(1)[:, :model.patches_to_tune(N)]  # [B, few]
                 s_image = model.gather(s_image, torch.from_numpy(drawn).to(net.device))
                 loss = F.cross_entropy(classifier(s_image, *text), y_batch, weight=weights)
                 scaler.scale(loss).backward()

@@ -452,6 +452,11 @@ def effective_rank(features):
 # ---- The whole, its checkpoints, its device ----------------------------------------------------------------
 
 
+def patches_to_tune(N):
+    """How many random patches of N a step of fine-tuning takes, and --bench times; see finetune_mvsa.py."""
+    return max(9, math.ceil(N / 16))  # with 5 of the toy's 36, one random start in five did not learn
+
+
 class Output(NamedTuple):
     """One forward pass. D is the width of the targets: X~'s, or f_I's with `target="image"`."""
     energy: torch.Tensor  # [B]: of each pair; the loss is its mean

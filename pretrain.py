@@ -534,7 +534,7 @@ def time_parts(args, net, B, rounds=100, limit=30):
     images = torch.randn(data.ENCODE_BATCH, *net.image_encoder.data_config["input_size"])
     s_image, s_text = (torch.randn(size).to(device, net.dtype) for size in ((B, N, D_I), (B, TOKENS, D_T)))
     features = s_image, s_text, torch.ones(B, TOKENS, device=device, dtype=torch.bool)
-    few = s_image[:, :max(9, math.ceil(N / 16))]  # the patches of a step of fine-tuning
+    few = s_image[:, :model.patches_to_tune(N)]
     x, w = torch.randn(math.ceil(0.8 * args.posts), D_T + D_I), torch.randn(D_T + D_I, 6)  # training posts
 
     @contextmanager
