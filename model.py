@@ -643,6 +643,9 @@ def pick_device(name="auto"):
         device = torch.device("cuda", device.index or 0)  # set_device takes no device without a number
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        # cuDNN's attention plans anew for each shape, and ours differ by step: seen on an H200, where a step of
+        # `small` with shapes that are new took five times one whose shapes it had met
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
