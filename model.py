@@ -3,7 +3,7 @@
 Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a block, C context patches)
 
     here                paper      shape             meaning
-    images, texts       I, T       [B,3,H,W], list   preprocessed pictures and their captions
+    images, texts       I, T       [B,3,H,W], list   pictures (uint8) and their captions
     image_encoder       f_I        -> [B, N, D_I]    frozen ViT, patch tokens only
     text_encoder        f_T        -> [B, L, D_T]    frozen text transformer, token states
     s_image, s_text     s_I, s_T   see above         the features that the frozen encoders output
@@ -39,31 +39,11 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
-MAX_TEXT_TOKENS = 128  # a tweet of 140 characters or a COCO caption fits
-OUT_OF_MEMORY = "out of memory|allocate memory"  # torch's own words, on a GPU and on a CPU
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
-
-
-class UserError(Exception):
-    """What the user can mend: the message names the file or the option."""
-
-
-@contextmanager
-def refusing(what, advice):
-    """A block where what loaders raise on a file that is not what it is taken for becomes a UserError."""
-    try:
-        yield
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-            AssertionError, pickle.UnpicklingError, SafetensorError) as error:
-        if re.search(OUT_OF_MEMORY, str(error)):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{what}: {reason}; {advice}") from error
 
 
 @dataclass
 class Config:
-    """What decides the model, saved with each checkpoint."""
+    """What decides the model, saved with each checkpoint. Raises UserError for values that do not fit."""
     image_encoder: str  # a timm name, or "toy"
     text_encoder: str  # a Hugging Face name or a local folder, or "toy"
     dim: int  # D, width of X and X~
@@ -101,137 +81,6 @@ PRESETS = {
 }
 TEXT_SIZES = {"toy": (96, 0.2e6), MINI_LM: (384, 22.7e6),  # D_T and number of weights of each f_T
               GTE.format("base"): (768, 137e6), GTE.format("large"): (1024, 434e6)}
-
-
-# ---- f_I and f_T: frozen -----------------------------------------------------------------------------------
-
-
-def hash_weights(module):
-    """A hash of the names, shapes and values of a module's parameters and buffers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-class ImageEncoder(nn.Module):
-    """f_I: a timm ViT without its classifier, with timm's pretrained weights or those of the file `weights`
-    (I-JEPA's `.pth.tar`, too). Raises UserError if there is no such ViT, or not all weights fit."""
-
-    def __init__(self, name, weights="", pretrained=True):
-        super().__init__()
-        with refusing(f"--image_encoder {name} cannot be loaded from {weights or 'the hub'}",
-                      "f_I is a ViT with a fixed patch grid; without network give its --image_weights FILE"):
-            if name == "toy":
-                self.vit = toy_vit()
-            else:
-                self.vit = timm.create_model(name, pretrained=pretrained and not weights, num_classes=0)
-                if weights:
-                    timm.models.load_checkpoint(self.vit, weights, filter_fn=convert_weights)
-            self.prefix = self.vit.num_prefix_tokens  # class and register tokens; a Swin has no such number
-            self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns); N = rows * columns
-        self.vit.requires_grad_(False).eval()
-        self.dim = self.vit.num_features
-        config = timm.data.resolve_model_data_config(self.vit)
-        self.data_config = {key: config[key] for key in ("interpolation", "mean", "std")}
-        self.data_config["input_size"] = (3, *self.vit.patch_embed.img_size)
-
-    def fingerprint(self):
-        """All that decides f_I's output: {name: value}."""
-        heads = [module.num_heads for module in self.vit.modules() if hasattr(module, "num_heads")]
-        return {"f_I weights": hash_weights(self.vit), "f_I heads": heads, "f_I input": str(self.data_config),
-                "f_I architecture": self.vit.pretrained_cfg.get("architecture")}
-
-    @torch.no_grad()
-    def forward(self, images):
-        """images [B, 3, H, W] -> patch tokens [B, N, D_I]. Raises UserError if f_I outputs anything else."""
-        tokens = self.vit.forward_features(images)[:, self.prefix:]
-        if tokens.shape[1:-1] != (math.prod(self.grid),):
-            raise UserError(f"--image_encoder outputs {list(tokens.shape)}, not one for each of {self.grid}")
-        return tokens
-
-
-def toy_vit():
-    """A seeded, untrained 2-layer ViT: 48 x 48 pixels, a 6 x 6 grid of 8-pixel patches."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=8, embed_dim=96, depth=2,
-                                 num_heads=3, num_classes=0)
-
-
-def convert_weights(state, vit):
-    """A file's weights under timm's names, without the classifier."""
-    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
-    state = convert(state, vit) if convert else state
-    return {key: value for key, value in state.items() if not key.startswith("head")}
-
-
-class TextEncoder(nn.Module):
-    """f_T: any Hugging Face encoder and its tokenizer, by name or local folder. Raises UserError if there is
-    none or any weight is missing: transformers would fill it at random."""
-
-    def __init__(self, name, vocabulary=()):
-        super().__init__()
-        with refusing(f"--text_encoder {name} cannot be loaded",
-                      "give the folder of a downloaded model with --text_encoder PATH"):
-            if name == "toy":
-                self.tokenizer, self.bert = toy_bert(vocabulary)
-            else:
-                self.tokenizer = AutoTokenizer.from_pretrained(name)
-                # Some are stored in half precision, which X's float32 weights could not be multiplied with.
-                self.bert, info = AutoModel.from_pretrained(name, dtype=torch.float32,
-                                                            output_loading_info=True)
-                missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it works above s_T
-                if missing:
-                    raise ValueError(f"it lacks the weights {missing}")
-            if self.bert.config.is_encoder_decoder:
-                self.bert = self.bert.get_encoder()
-            self.dim = self.bert.config.hidden_size
-        self.bert.requires_grad_(False).eval()
-        if self.tokenizer.pad_token is None:  # as GPT-2's
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
-        self.tokenizer.padding_side = "right"  # so that a token's position does not depend on its batch-mates
-        positions = getattr(self.bert.config, "max_position_embeddings", None)  # T5 has none, XLNet -1
-        limits = MAX_TEXT_TOKENS, self.tokenizer.model_max_length, positions
-        self.max_tokens = min(limit for limit in limits if limit and limit > 0)
-
-    def fingerprint(self):
-        """All that decides f_T's output: {name: value}."""
-        config = json.loads(self.bert.config.to_json_string(use_diff=False))
-        of_no_effect = {"_name_or_path", "transformers_version", "architectures", "dtype"}
-        words = sorted(self.tokenizer.get_vocab().items())
-        # How capitals, accents, other scripts and signs are treated is not in the vocabulary.
-        sample = ["Caf\u00e9, \u4f60\u597d: #Tag @user 3.14", *(word.upper() for word, _ in words[:200])]
-        tokens = json.dumps([words, self.tokenize(sample)["input_ids"], self.max_tokens]).encode()
-        return {"f_T weights": hash_weights(self.bert),
-                "f_T tokenizer": hashlib.blake2b(tokens, digest_size=16).hexdigest(),
-                **{f"f_T {name}": config[name] for name in config if name not in of_no_effect}}
-
-    def tokenize(self, texts, **options):
-        """B strings -> the tokenizer's output, cut to `max_tokens`."""
-        # Without special tokens "" has no token at all, and attention over nothing is NaN.
-        texts = [text if text.strip() else self.tokenizer.unk_token or "." for text in texts]
-        return self.tokenizer(texts, truncation=True, max_length=self.max_tokens, return_token_type_ids=False,
-                              **options)
-
-    @torch.no_grad()
-    def forward(self, texts):
-        """B strings -> token states [B, L, D_T] and text_mask [B, L]"""
-        batch = self.tokenize(texts, padding=True, return_tensors="pt").to(self.bert.device)
-        states = self.bert(**batch).last_hidden_state
-        return states, batch["attention_mask"].bool()
-
-
-def toy_bert(vocabulary):
-    """A seeded, untrained 2-layer BERT and a tokenizer with one token for each word of `vocabulary`."""
-    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *vocabulary])}
-    tokenizer = BertTokenizer(words, strip_accents=False, tokenize_chinese_chars=False, mask_token=None)
-    config = BertConfig(vocab_size=len(words), hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=192, max_position_embeddings=64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return tokenizer, BertModel(config, add_pooling_layer=False)
 
 
 # ---- X, X~ and g -------------------------------------------------------------------------------------------
@@ -344,7 +193,7 @@ class Predictor(nn.Module):
         return self.proj(self.norm(x)).unflatten(0, (B, M))  # [B, M, P, target_dim]
 
 
-# ---- Masks, regularisers, measures of collapse -------------------------------------------------------------
+# ---- Masks -------------------------------------------------------------------------------------------------
 
 
 class Masks(NamedTuple):
@@ -410,51 +259,18 @@ def block_size(grid, area, aspect, generator):
     return tuple(min(max(round(side * size), 1), size) for side, size in zip(sides, grid))
 
 
-def vicreg_term(context):
-    """VICReg's variance and covariance terms (Bardes et al. 2022, sections 4.1 and 4.2, with its 25 : 1), of
-    the mean patch of X's output [B, C, D] -> []"""
-    z = context.float().mean(1)  # [B, D]
-    covariance = z.T.cov()  # [D, D]
-    variance = F.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
-    off_diagonal = covariance - torch.diag(covariance.diagonal())
-    return variance + off_diagonal.square().sum() / len(covariance) / 25
+# ---- The model: one forward pass is the energy of a pair ---------------------------------------------------
 
 
-def sigreg_term(context, seed, step, directions=256, knots=17):
-    """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
-    on random directions, others at each step, are from a standard normal, by Epps and Pulley: B times the
-    integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) over all t, phi being the empirical characteristic
-    function; trapezoids on [0, 3], twice, as it is even."""
-    z = context.float().mean(1)  # [B, D]
-    a = F.normalize(torch.randn(z.shape[1], directions, generator=generator_of(seed, step)), dim=0)
-    t = torch.linspace(0, 3, knots, device=z.device)
-    angles = (z @ a.to(z.device))[:, :, None] * t  # [B, directions, knots]
-    normal = torch.exp(-t.square() / 2)
-    distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()  # [directions, knots]
-    return 2 * len(z) * torch.trapezoid(distance * normal, t).mean()
+class Features(NamedTuple):
+    """What the frozen encoders output for B pairs of a picture and a caption."""
+    s_image: torch.Tensor  # [B, N, D_I]
+    s_text: torch.Tensor  # [B, L, D_T]
+    text_mask: torch.Tensor  # [B, L] bool
 
-
-def sample_std(tokens):
-    """tokens [B, ..., D] -> []: mean std over the B samples; 0 if only the position decides: collapse."""
-    return tokens.float().std(dim=0).mean()
-
-
-def effective_rank(features):
-    """features [B, D] -> []: exp of the entropy of the normalised singular values of the centred features
-    (Roy and Vetterli 2007): 1 if all lie on a line (dimensional collapse), at most min(B - 1, D)."""
-    if not features.isfinite().all():
-        return features.new_tensor(math.nan)  # svdvals would raise
-    values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())  # MPS has no such routine
-    share = values / values.sum().clamp_min(1e-12)
-    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
-
-
-# ---- The whole, its checkpoints, its device ----------------------------------------------------------------
-
-
-def patches_to_tune(N):
-    """How many random patches of N a step of fine-tuning takes, and --bench times; see finetune_mvsa.py."""
-    return max(9, math.ceil(N / 16))  # with 5 of the toy's 36, one random start in five did not learn
+    def pair(self, images, captions):
+        """The pairs of these pictures with these captions: two indices, lists [K] or slices -> Features."""
+        return Features(self.s_image[images], self.s_text[captions], self.text_mask[captions])
 
 
 class Output(NamedTuple):
@@ -486,6 +302,81 @@ class TIJEPA(nn.Module):
         self.predictor = Predictor(self.grid, config.dim, config.predictor_dim, config.predictor_depth,
                                    config.predictor_heads, target_dim)
 
+    def forward(self, features, masks):
+        """The trained half: Features of B pairs, and masks -> Output. Gradients reach X and g."""
+        with self.autocast():
+            visible = self.visible(features, masks)  # [B, C, D_I]
+            context = self.context_encoder(visible, features.s_text, features.text_mask)  # X: [B, C, D]
+            prediction = self.predictor(context, masks)  # g: [B, M, P, D]
+            target = self.targets(features, masks)  # [B, M, P, D]
+        patch_energy = self.patch_energy(prediction, target)  # [B, M, P]
+        return Output(patch_energy.mean((1, 2)), patch_energy, target, prediction, context)
+
+    def visible(self, features, masks):
+        """What X may see of the pictures: f_I's tokens of the context patches [B, C, D_I]."""
+        return gather(features.s_image, masks.context)
+
+    @torch.no_grad()
+    def targets(self, features, masks):
+        """What g is to predict: X~'s tokens of the hidden patches, or f_I's, normalised -> [B, M, P, D]"""
+        target = gather(features.s_image, masks.target.flatten(1))  # f_I's: fixed, blind to the caption
+        if self.config.target == "ema":  # X~ mixes no patches, so the hidden ones suffice
+            target = self.target_encoder(target, features.s_text, features.text_mask)  # X~: [B, M * P, D]
+        target = F.layer_norm(target.float(), target.shape[-1:])  # without affine: I-JEPA's train.py
+        return target.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
+
+    def patch_energy(self, prediction, target):
+        """Two tensors [B, M, P, D] -> [B, M, P]: the mean squared (or smooth L1) error, in float32."""
+        return LOSSES[self.config.loss](prediction.float(), target.float(), reduction="none").mean(-1)
+
+    @torch.no_grad()
+    def measure(self, features, draw=0):
+        """`forward` with one draw of masks for all pairs, so that their energies are of the same patches."""
+        return self(features, sample_masks(self.grid, 1, seed=draw).to(self.device))
+
+    def mean_energy(self, features, draws):
+        """Features of B pairs -> [B]: the energy of each, the mean over so many masks."""
+        return torch.stack([self.measure(features, draw).energy for draw in range(draws)]).mean(0)
+
+    def score(self, images, texts, draws=8):
+        """images [B, 3, H, W] uint8, B strings -> [B]: each pair's energy, lower for a better match."""
+        return self.mean_energy(self.frozen_features(images, texts), draws)
+
+    def encode(self, images, texts):
+        """images [B, 3, H, W] uint8, B strings -> X~'s fused tokens [B, N, D] and their mean [B, D]."""
+        features = self.frozen_features(images, texts)
+        with self.autocast():
+            tokens = self.target_encoder(*features).float()
+        return tokens, tokens.mean(1)
+
+    def frozen_features(self, images, texts):
+        """images [B, 3, H, W] uint8, B strings -> Features. Raises UserError for others."""
+        size = self.image_encoder.input_size
+        if isinstance(texts, str) or len(texts) != len(images) or images.shape[1:] != (3, *size) \
+                or images.dtype != torch.uint8:
+            raise UserError(f"pictures {list(images.shape)} {images.dtype} with {texts!r:.60}: "
+                            f"{self.config.image_encoder} takes B x {[3, *size]} of torch.uint8 "
+                            "(see data.image_transform) with a list of B strings")
+        return Features(self.encode_images(images), *self.encode_texts(texts))
+
+    def encode_images(self, images):
+        """f_I: images [B, 3, H, W] uint8 -> s_image [B, N, D_I]"""
+        with self.autocast():
+            return self.image_encoder(images.to(self.device, non_blocking=True)).to(self.dtype)
+
+    def encode_texts(self, texts):
+        """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]"""
+        with self.autocast():
+            states, mask = self.text_encoder(texts)
+        return states.to(self.dtype), mask
+
+    @torch.no_grad()
+    def update_target(self, momentum):
+        """xi <- m xi + (1 - m) theta, after each optimiser step."""
+        xi = list(self.target_encoder.parameters())
+        torch._foreach_mul_(xi, momentum)
+        torch._foreach_add_(xi, list(self.context_encoder.parameters()), alpha=1 - momentum)
+
     def train(self, mode=True):
         """As nn.Module.train, but what is not trained stays in eval mode."""
         super().train(mode)
@@ -507,71 +398,6 @@ class TIJEPA(nn.Module):
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype) if half else nullcontext()
 
-    def frozen_image(self, images):
-        """f_I: images [B, 3, H, W] -> s_image [B, N, D_I]"""
-        with self.autocast():
-            return self.image_encoder(images.to(self.device, non_blocking=True)).to(self.dtype)
-
-    def frozen_text(self, texts):
-        """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]"""
-        with self.autocast():
-            states, mask = self.text_encoder(texts)
-        return states.to(self.dtype), mask
-
-    def frozen(self, images, texts):
-        """images [B, 3, H, W], B strings -> s_image, s_text, text_mask; UserError for others."""
-        size = self.image_encoder.data_config["input_size"]
-        if isinstance(texts, str) or len(texts) != len(images) or images.shape[1:] != size:
-            raise UserError(f"pictures {list(images.shape)} with {texts!r:.60}: {self.config.image_encoder} "
-                            f"takes B x {list(size)} (see data.image_transform) with a list of B strings")
-        return self.frozen_image(images), *self.frozen_text(texts)
-
-    def forward(self, s_image, s_text, text_mask, masks):
-        """The trained half: the features of `frozen`, and masks -> Output. Gradients reach X and g."""
-        with self.autocast():
-            context = self.context_encoder(gather(s_image, masks.context), s_text, text_mask)  # X: [B, C, D]
-            prediction = self.predictor(context, masks)  # g: [B, M, P, D]
-            with torch.no_grad():
-                target = gather(s_image, masks.target.flatten(1))  # f_I's: fixed, blind to the caption
-                if self.config.target == "ema":  # X~ mixes no patches, so the hidden ones suffice
-                    target = self.target_encoder(target, s_text, text_mask)  # X~: [B, M * P, D]
-                target = F.layer_norm(target.float(), target.shape[-1:])  # without affine: I-JEPA's train.py
-                target = target.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
-        patch_energy = self.patch_energy(prediction, target)  # [B, M, P]
-        return Output(patch_energy.mean((1, 2)), patch_energy, target, prediction, context)
-
-    def patch_energy(self, prediction, target):
-        """Two tensors [B, M, P, D] -> [B, M, P]: the mean squared (or smooth L1) error, in float32."""
-        return LOSSES[self.config.loss](prediction.float(), target.float(), reduction="none").mean(-1)
-
-    @torch.no_grad()
-    def measure(self, s_image, s_text, text_mask, draw=0):
-        """`forward` with one draw of masks for all pairs, so that their energies are of the same patches."""
-        return self(s_image, s_text, text_mask, sample_masks(self.grid, 1, seed=draw).to(self.device))
-
-    def mean_energy(self, s_image, s_text, text_mask, draws):
-        """The features of B pairs -> [B]: the energy of each, the mean over so many masks."""
-        energies = [self.measure(s_image, s_text, text_mask, draw).energy for draw in range(draws)]
-        return torch.stack(energies).mean(0)
-
-    def score(self, images, texts, draws=8):
-        """images [B, 3, H, W], B strings -> [B]: the energy of each pair, lower for a better match."""
-        return self.mean_energy(*self.frozen(images, texts), draws)
-
-    def encode(self, images, texts):
-        """images [B, 3, H, W], B strings -> X~'s fused tokens [B, N, D] and their mean [B, D]."""
-        s_image, s_text, text_mask = self.frozen(images, texts)
-        with self.autocast():
-            tokens = self.target_encoder(s_image, s_text, text_mask).float()
-        return tokens, tokens.mean(1)
-
-    @torch.no_grad()
-    def update_target(self, momentum):
-        """xi <- m xi + (1 - m) theta, after each optimiser step."""
-        xi = list(self.target_encoder.parameters())
-        torch._foreach_mul_(xi, momentum)
-        torch._foreach_add_(xi, list(self.context_encoder.parameters()), alpha=1 - momentum)
-
     def fingerprint(self):
         """All that decides the features of the frozen encoders: {name: value}."""
         return {**self.image_encoder.fingerprint(), **self.text_encoder.fingerprint()}
@@ -583,10 +409,10 @@ class TIJEPA(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, image_weights="", text_encoder=""):
-        """A file of pretrain.py -> (TIJEPA in eval mode, all in the file). f_I and f_T may lie elsewhere now.
-        Raises UserError if they are not what X was trained on."""
+        """A file of pretrain.py -> (TIJEPA in eval mode, the file's contents). f_I and f_T may lie elsewhere
+        now. Raises UserError if they are not those that X was trained on."""
         checkpoint = read_checkpoint(path)
-        with of_a_checkpoint(path):
+        with checkpoint_errors(path):
             config = Config(**checkpoint["config"])
         config.image_weights = image_weights or config.image_weights
         config.text_encoder = text_encoder or config.text_encoder
@@ -595,32 +421,204 @@ class TIJEPA(nn.Module):
         if differs:
             raise UserError(f"{path} was trained on other encoders: {differs}; give the same with "
                             "--image_weights and --text_encoder")
-        with of_a_checkpoint(path):
+        with checkpoint_errors(path):
             net.load_trained_state(checkpoint["model"])
         return net.eval(), checkpoint
 
+
+# ---- A regulariser, and measures of collapse ---------------------------------------------------------------
+
+
+def sigreg_term(context, seed, step, directions=256, knots=17):
+    """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
+    on random directions, others at each step, are from a standard normal, by Epps and Pulley: B times the
+    integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) over all t, phi being the empirical characteristic
+    function; trapezoids on [0, 3], twice, as it is even."""
+    z = context.float().mean(1)  # [B, D]
+    a = F.normalize(torch.randn(z.shape[1], directions, generator=generator_of(seed, step)), dim=0)
+    t = torch.linspace(0, 3, knots, device=z.device)
+    angles = (z @ a.to(z.device))[:, :, None] * t  # [B, directions, knots]
+    normal = torch.exp(-t.square() / 2)
+    distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()  # [directions, knots]
+    return 2 * len(z) * torch.trapezoid(distance * normal, t).mean()
+
+
+def sample_std(tokens):
+    """tokens [B, ..., D] -> []: mean std over the B samples; 0 if only the position decides: collapse."""
+    return tokens.float().std(dim=0).mean()
+
+
+def effective_rank(features):
+    """features [B, D] -> []: exp of the entropy of the normalised singular values of the centred features
+    (Roy and Vetterli 2007): 1 if all lie on a line (dimensional collapse), at most min(B - 1, D)."""
+    if not features.isfinite().all():
+        return features.new_tensor(math.nan)  # svdvals would raise
+    values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())  # MPS has no such routine
+    share = values / values.sum().clamp_min(1e-12)
+    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
+
+
+# ---- f_I and f_T: frozen -----------------------------------------------------------------------------------
+
+MAX_TEXT_TOKENS = 128  # a tweet of 140 characters or a COCO caption fits
+
+
+class ImageEncoder(nn.Module):
+    """f_I: a timm ViT without its classifier, with timm's pretrained weights or those of the file `weights`
+    (I-JEPA's `.pth.tar`, too). Raises UserError if there is no such ViT, or not all weights fit."""
+
+    def __init__(self, name, weights="", pretrained=True):
+        super().__init__()
+        with user_errors(f"--image_encoder {name} cannot be loaded from {weights or 'the hub'}", "f_I is a "
+                         "ViT with a fixed patch grid; without network give its --image_weights FILE"):
+            if name == "toy":
+                self.vit = toy_vit()
+            else:
+                self.vit = timm.create_model(name, pretrained=pretrained and not weights, num_classes=0)
+                if weights:
+                    timm.models.load_checkpoint(self.vit, weights, filter_fn=convert_weights)
+            self.prefix = self.vit.num_prefix_tokens  # class and register tokens; a Swin has no such number
+            self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns); N = rows * columns
+        self.vit.requires_grad_(False).eval()
+        self.dim = self.vit.num_features
+        config = timm.data.resolve_model_data_config(self.vit)
+        self.input_size = tuple(self.vit.patch_embed.img_size)  # (height, width) in pixels
+        self.interpolation = config["interpolation"]  # with which pictures are resized to it
+        for name in ("mean", "std"):  # of pixels from 0 to 1, [3, 1, 1]
+            self.register_buffer(name, torch.tensor(config[name])[:, None, None], persistent=False)
+
+    def fingerprint(self):
+        """All that decides f_I's output: {name: value}."""
+        heads = [module.num_heads for module in self.vit.modules() if hasattr(module, "num_heads")]
+        pixels = [self.input_size, self.interpolation, *(x.flatten().tolist() for x in (self.mean, self.std))]
+        return {"f_I weights": hash_weights(self.vit), "f_I heads": heads, "f_I input": str(pixels),
+                "f_I architecture": self.vit.pretrained_cfg.get("architecture")}
+
+    @torch.no_grad()
+    def forward(self, images):
+        """images [B, 3, H, W] uint8 -> patch tokens [B, N, D_I]. Raises UserError if f_I outputs others."""
+        tokens = self.vit.forward_features((images / 255 - self.mean) / self.std)[:, self.prefix:]
+        if tokens.shape[1:-1] != (math.prod(self.grid),):
+            raise UserError(f"--image_encoder outputs {list(tokens.shape)}, not one for each of {self.grid}")
+        return tokens
+
+
+def toy_vit():
+    """A seeded, untrained 2-layer ViT: 48 x 48 pixels, a 6 x 6 grid of 8-pixel patches."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=8, embed_dim=96, depth=2,
+                                 num_heads=3, num_classes=0)
+
+
+def convert_weights(state, vit):
+    """A file's weights under timm's names, without the classifier."""
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    state = convert(state, vit) if convert else state
+    return {key: value for key, value in state.items() if not key.startswith("head")}
+
+
+class TextEncoder(nn.Module):
+    """f_T: a BERT-like Hugging Face encoder and its tokenizer, by name or local folder. Raises UserError if
+    there is none or any weight is missing: transformers would fill it at random."""
+
+    def __init__(self, name, vocabulary=()):
+        super().__init__()
+        with user_errors(f"--text_encoder {name} cannot be loaded",
+                         "f_T is a BERT-like encoder, by its name on the hub or its downloaded folder"):
+            if name == "toy":
+                self.tokenizer, self.bert = toy_bert(vocabulary)
+            else:
+                self.tokenizer = AutoTokenizer.from_pretrained(name)
+                # Some are stored in half precision, which X's float32 weights could not be multiplied with.
+                self.bert, info = AutoModel.from_pretrained(name, dtype=torch.float32,
+                                                            output_loading_info=True)
+                missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it works above s_T
+                if missing:
+                    raise ValueError(f"it lacks the weights {missing}")
+            config = self.bert.config
+            if config.is_encoder_decoder or self.tokenizer.pad_token is None:
+                raise ValueError("it has a decoder, or no padding token")
+            limits = MAX_TEXT_TOKENS, self.tokenizer.model_max_length, config.max_position_embeddings
+            self.dim, self.max_tokens = config.hidden_size, min(limits)
+        self.bert.requires_grad_(False).eval()
+
+    def fingerprint(self):
+        """All that decides f_T's output: {name: value}."""
+        config = json.loads(self.bert.config.to_json_string(use_diff=False))
+        of_no_effect = {"_name_or_path", "transformers_version", "architectures", "dtype"}
+        words = sorted(self.tokenizer.get_vocab().items())
+        # How capitals, accents, other scripts and signs are treated is not in the vocabulary.
+        sample = ["Caf\u00e9, \u4f60\u597d: #Tag @user 3.14", *(word.upper() for word, _ in words[:200])]
+        tokens = json.dumps([words, self.tokenize(sample)["input_ids"], self.max_tokens]).encode()
+        return {"f_T weights": hash_weights(self.bert),
+                "f_T tokenizer": hashlib.blake2b(tokens, digest_size=16).hexdigest(),
+                **{f"f_T {name}": config[name] for name in config if name not in of_no_effect}}
+
+    def tokenize(self, texts, **options):
+        """B strings -> the tokenizer's output, cut to `max_tokens`."""
+        # Without special tokens "" has no token at all, and attention over nothing is NaN.
+        texts = [text if text.strip() else self.tokenizer.unk_token or "." for text in texts]
+        return self.tokenizer(texts, truncation=True, max_length=self.max_tokens, padding_side="right",
+                              return_token_type_ids=False, **options)
+
+    @torch.no_grad()
+    def forward(self, texts):
+        """B strings -> token states [B, L, D_T] and text_mask [B, L]"""
+        batch = self.tokenize(texts, padding=True, return_tensors="pt").to(self.bert.device)
+        states = self.bert(**batch).last_hidden_state
+        return states, batch["attention_mask"].bool()
+
+
+def toy_bert(vocabulary):
+    """A seeded, untrained 2-layer BERT and a tokenizer with one token for each word of `vocabulary`."""
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *vocabulary])}
+    tokenizer = BertTokenizer(words, strip_accents=False, tokenize_chinese_chars=False, mask_token=None)
+    config = BertConfig(vocab_size=len(words), hidden_size=96, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=192, max_position_embeddings=64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tokenizer, BertModel(config, add_pooling_layer=False)
+
+
+def hash_weights(module):
+    """A hash of the names, shapes and values of a module's parameters and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------------------
 
 TRAINED = ("context_encoder", "target_encoder", "predictor")
 CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
                    "seconds", "model", "optimizer", "scaler", "running", "log")
 
 
-def of_a_checkpoint(path):
-    """A block in which what fails is the fault of this file: a UserError."""
-    return refusing(f"{path} is not a whole checkpoint of this version", "give another, or another folder")
-
-
 def read_checkpoint(path):
-    """What a file of pretrain.py holds, on the CPU. Raises UserError if it is not a whole one."""
-    with of_a_checkpoint(path):
+    """What a file of pretrain.py holds, on the CPU. Raises UserError if it is not a complete one."""
+    with checkpoint_errors(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         return {key: checkpoint[key] for key in CHECKPOINT_KEYS}
+
+
+def checkpoint_errors(path):
+    """A block in which what fails is the fault of this file: a UserError."""
+    return user_errors(f"{path} is not a complete checkpoint of this version", "give another file or folder")
 
 
 def differences(then, now):
     """The entries of two dicts that differ, in words. A key of only one is another library version's."""
     return ", ".join(f"{key} (then {str(then[key])[:60]}, now {str(now[key])[:60]})"
                      for key in now if key in then and then[key] != now[key])
+
+
+# ---- Devices and errors ------------------------------------------------------------------------------------
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
+OUT_OF_MEMORY = "out of memory|allocate memory"  # torch's own words, on a GPU and on a CPU
 
 
 def pick_device(name="auto"):
@@ -636,15 +634,15 @@ def pick_device(name="auto"):
                 raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the "
                                 f"NVIDIA GPU (driver {driver}): install a newer driver or an older torch, "
                                 "or run with --device cpu")
-    with refusing(f"--device {name} cannot be had", "try --device auto"):
+    with user_errors(f"--device {name} cannot be had", "try --device auto"):
         device = torch.device(name)
         torch.empty(0, device=device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)  # set_device takes no device without a number
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-        # cuDNN's attention plans anew for each shape, and ours differ by step: seen on an H200, where a step of
-        # `small` with shapes that are new took five times one whose shapes it had met
+        # cuDNN plans its attention anew for each shape, and ours differ from step to step: on an H200 a step
+        # of new shapes took five times as long.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
@@ -656,3 +654,20 @@ def pick_dtype(name, device):
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+class UserError(Exception):
+    """What the user can mend: the message names the file or the option."""
+
+
+@contextmanager
+def user_errors(what, advice):
+    """A block where what loaders raise on a file that is not what it is taken for becomes a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
+            AssertionError, pickle.UnpicklingError, SafetensorError) as error:
+        if re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{what}: {reason}; {advice}") from error

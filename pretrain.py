@@ -65,18 +65,21 @@ import data
 import model
 from model import UserError
 
+# Learning rate and weight decay as in I-JEPA's configs/in1k_vith14_ep300.yaml, which the authors' script has, too
+START_LR, FINAL_LR, WARMUP = 2e-4, 1e-6, 0.1  # linear to --lr in this share of the steps, then a cosine
+START_WD, FINAL_WD = 0.04, 0.4  # a cosine over all steps
 # Training defaults of the presets; the paper's three follow the authors' script (batches of 10 x 60)
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, workers=8, log_every=10)
 PRESETS = {
     # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images): about
     # exp(-(1 - momentum) * steps / 2), as the momentum rises to 1
-    "toy": dict(epochs=40, batch_size=32, log_every=124, momentum=0.994, posts=3000),
+    "toy": dict(epochs=40, batch_size=32, log_every=124, momentum=0.994),
     "tiny": dict(epochs=30, batch_size=16, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
 # Options and parts of Config that --resume may find changed: of no effect, or compared by their contents
 FREE = {"out", "coco", "device", "workers", "cache", "accumulate", "compile", "resume", "bench", "eval",
-        "eval_masks", "posts", "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
+        "eval_masks", "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
 
 
 def parse_args(argv=None):
@@ -96,7 +99,6 @@ def parse_args(argv=None):
         help=f"name or folder of f_T (empty: {config.text_encoder}, with --eval as in training)")
     add("--loss", choices=("mse", "smooth_l1"), default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens or f_I's")
-    add("--vicreg", **number(float, 0), default=0.0, help="weight of VICReg's term on X's output")
     add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
     add("--shuffle_captions", action="store_true", help="control: train with other images' captions")
     add("--epochs", **number(int, 1), help="passes over the images")
@@ -104,12 +106,7 @@ def parse_args(argv=None):
     add("--held_out", **number(int, 0), default=0, help="images to measure on (0: a tenth, at most 100)")
     add("--batch_size", **number(int, 1), help="images per optimiser step")
     add("--accumulate", **number(int, 1), default=1, help="micro-batches of each process: less memory")
-    add("--start_lr", **number(float, 0), default=2e-4, help="learning rate at the start of the warm-up")
-    add("--lr", **number(float, 1e-12), default=1e-3, help="learning rate at its end")
-    add("--final_lr", **number(float, 0), default=1e-6, help="learning rate at the last step")
-    add("--warmup", **number(float, 0, 1), default=0.1, help="warm-up's share of all steps")
-    add("--start_wd", **number(float, 0), default=0.04, help="weight decay at the first step")
-    add("--final_wd", **number(float, 0), default=0.4, help="weight decay at the last step")
+    add("--lr", **number(float, 1e-12), default=1e-3, help="learning rate after the warm-up")
     add("--momentum", **number(float, 0, 1), default=0.996, help="EMA momentum at the first step")
     add("--final_momentum", **number(float, 0, 1), default=1.0, help="at the last (both 0: X~ is X)")
     add("--clip", **number(float, 1e-12), default=1.0, help="largest gradient norm")
@@ -122,7 +119,6 @@ def parse_args(argv=None):
     add("--log_every", **number(int, 1), help="steps between log lines; the first past an epoch's end saves")
     add("--resume", action="store_true", help="resume from OUT/checkpoint.pt if it is there")
     add("--bench", action="store_true", help="measure how long the preset takes, without data or download")
-    add("--posts", **number(int, 1), default=21535, help="with --bench: posts (21,535: both MVSA sets)")
     add("--eval", default="", metavar="CHECKPOINT", help="measure the energies of this checkpoint")
     add("--eval_masks", **number(int, 1), default=2, help="with --eval: masks for each energy")
     add("--image", default="", help="with --eval and --captions: one image file")
@@ -131,13 +127,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.captions) or args.image and not args.eval:
         parser.error("--image and --captions go together, and with --eval")
-    if any("\ud800" <= letter <= "\udfff" for letter in "".join(args.captions)):  # bytes, not decoded
-        parser.error("--captions: not in the encoding of this terminal")
     args.out = args.out or (str(Path(args.eval).parent) if args.eval else f"out/{preset}")
     return args
 
 
-# ---- What the loop needs: first the schedules, functions of the step from 0 to total - 1 -------------------
+# ---- The schedules: functions of the step, from 0 to total - 1 --------------------------------------------
 
 
 def linear(step, total, start, final):
@@ -157,106 +151,7 @@ def warmup_cosine(step, total, warmup, start, peak, final):
     return cosine(step - warmup, total - warmup, peak, final)
 
 
-def make_config(args, items):
-    """The model's Config by the arguments. Only the toy text encoder needs the captions: for their words."""
-    preset, words = model.PRESETS[args.preset], set()
-    f_T = args.text_encoder or preset.text_encoder
-    if f_T == "toy":
-        words.update(word for _, captions in items for text in captions for word in text.lower().split())
-    elif os.path.isdir(f_T):
-        f_T = os.path.realpath(f_T)  # the checkpoint may be used from another folder
-    weights = args.image_weights and os.path.realpath(args.image_weights)
-    return replace(preset, image_encoder=args.image_encoder, image_weights=weights, text_encoder=f_T,
-                   loss=args.loss, target=args.target, vocabulary=sorted(words))
-
-
-def write_log(path, log):
-    """The log lines, one JSON object each, to log.jsonl beside the checkpoint."""
-    lines = [json.dumps(line, allow_nan=False) + "\n" for line in log]
-    data.atomic_write(path.with_name("log.jsonl"), "".join(lines).encode())
-
-
-def build_optimizer(net):
-    """AdamW over X and g: first the group that is decayed, then biases and norms. The loop sets lr and wd."""
-    trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim <= 1]}]
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=net.device.type == "cuda")
-
-
-@contextmanager
-def catch_signals():
-    """Inside, Ctrl-C and SIGTERM are only noted in a list, for the loop; the next Ctrl-C ends the process."""
-    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
-
-    def note(number, frame):
-        signals.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield signals
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-
-
-def join_processes(args):
-    """(rank, world size, device) of this process: one for each GPU, or all on what --device names."""
-    if not dist.is_torchelastic_launched():  # not by torchrun, whatever variables other launchers set
-        return 0, 1, model.pick_device(args.device)
-    own_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
-    device = model.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else args.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
-    atexit.register(dist.destroy_process_group)
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # one process prints
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def all_reduce(value, op=dist.ReduceOp.SUM):
-    """The sum (or another `op`) of a tensor over all processes, on the CPU."""
-    value = value.cpu().clone()  # what is on the CPU would be changed in place
-    if dist.is_initialized():
-        dist.all_reduce(value, op)
-    return value
-
-
-def split_batch(args, rank, world_size):
-    """The slices of a batch that this process takes, one a forward pass, all equal. Raises UserError."""
-    micro, rest = divmod(args.batch_size, args.accumulate * world_size)
-    if rest:
-        raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
-                        f"({args.accumulate} x {world_size})")
-    if (args.vicreg or args.sigreg) and micro < args.batch_size:  # they would see only a part
-        raise UserError("--vicreg and --sigreg need the whole batch: one process and --accumulate 1")
-    first = rank * args.accumulate
-    return [slice(n * micro, (n + 1) * micro) for n in range(first, first + args.accumulate)]
-
-
-def run_identity(args, net, items, cache):
-    """All that decides how a run ends: {name: value}. --resume compares it."""
-    options = {f"--{name}": value for name, value in vars(args).items() if name not in FREE}
-    config = {name: value for name, value in asdict(net.config).items() if name not in {*FREE, *vars(args)}}
-    pairs = [(path.name, contents) for (path, _), contents in zip(items, cache.digests)]  # with captions
-    return {**config, **options, "--dtype": str(net.dtype), **cache.encoders, "data": data.digest(pairs)}
-
-
-def resume(path, constant, net, optimizer, scaler, seconds):
-    """Load the run that `path` is of -> (step, log, start_share, running). UserError names what differs."""
-    saved = model.read_checkpoint(path)
-    with model.of_a_checkpoint(path):
-        differs = model.differences(saved["identity"], constant["identity"])
-        if differs:
-            raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
-        net.load_trained_state(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        for p, state in optimizer.state.items():
-            if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
-                raise ValueError("moments of another shape")
-        log = [dict(line, step=int(line["step"])) for line in saved["log"]]
-        seconds.update(saved["seconds"])  # a Counter: adds
-        return int(saved["step"]), log, float(saved["start_share"]), saved["running"].reshape(2)
+# ---- The loop ----------------------------------------------------------------------------------------------
 
 
 def main(args):
@@ -267,7 +162,7 @@ def main(args):
 
     # -- the model, and its data: the features of every readable picture and caption, from the cache
     path, coco = Path(args.out) / "checkpoint.pt", args.coco or "data/coco"
-    items, skipped = data.load_coco(coco, args.max_images)  # what is missing is said before any download
+    items, skipped = data.load_coco(coco, args.max_images)  # before the encoders: they may be a long download
     torch.manual_seed(args.seed)
     net = model.TIJEPA(make_config(args, items)).place(device, args.dtype)
     seconds = Counter()
@@ -303,10 +198,10 @@ def main(args):
     held_features = next(cache.batches([(held_out, cache.first[held_out])]))  # each with its first caption
 
     # -- the state of the run: from the start, or from its checkpoint
-    first_step, log, start_share = 0, [], 1.0  # of X~'s random start, so much is left
+    first_step, log, start_share = 0, [], 1.0  # start_share: how much of its random start is left in X~
     running = torch.zeros(2)  # loss since the last log line, skipped steps so far
     if path.exists() and not args.resume:
-        print(f"pretrain: begins anew and will replace {path}; --resume would continue it")
+        print(f"pretrain: starts from the beginning and replaces {path}; --resume would continue it")
     elif path.exists():
         first_step, log, start_share, running = resume(path, constant, net, optimizer, scaler, seconds)
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
@@ -331,8 +226,8 @@ def main(args):
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             # -- schedules and masks of this step
-            lr = warmup_cosine(step, steps, int(args.warmup * steps), args.start_lr, args.lr, args.final_lr)
-            wd = cosine(step, steps, args.start_wd, args.final_wd)
+            lr = warmup_cosine(step, steps, int(WARMUP * steps), START_LR, args.lr, FINAL_LR)
+            wd = cosine(step, steps, START_WD, FINAL_WD)
             momentum = linear(step, steps, args.momentum, args.final_momentum)
             for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
                 group["lr"], group["weight_decay"] = lr, decay
@@ -341,12 +236,10 @@ def main(args):
             # -- forward and backward, micro-batch by micro-batch
             for part in micro_batches:
                 with data.timed(waited, "data"):
-                    s_image, s_text, text_mask = next(batches)  # [B, N, D_I], [B, L, D_T], [B, L]
+                    features = next(batches)  # of B pairs, one micro-batch
                 forward.require_backward_grad_sync = part == micro_batches[-1]  # DDP: averages once a step
-                out = forward(s_image, s_text, text_mask, model.Masks(*(index[part] for index in masks)))
+                out = forward(features, model.Masks(*(index[part] for index in masks)))
                 loss = out.energy.mean()
-                if args.vicreg:
-                    loss = loss + args.vicreg * model.vicreg_term(out.context)
                 if args.sigreg:
                     loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
                 scaler.scale(loss / args.accumulate).backward()
@@ -411,11 +304,11 @@ def wins(own, other):
 
 def held_out_metrics(net, features):
     """The held-out part of a log line; see the top of this file."""
-    s_image, s_text, text_mask = features
-    matched = net.measure(s_image, s_text, text_mask)
-    mismatched = net.measure(s_image, s_text.roll(1, 0), text_mask.roll(1, 0)).energy  # wrong for X and X~
+    n = len(features.s_image)
+    matched = net.measure(features)
+    mismatched = net.measure(features.pair(slice(None), [i - 1 for i in range(n)])).energy  # for X and X~
     # One draw of masks for all: [:, m, p] is the same patch in each. An image's own target is left out.
-    others = (matched.target.sum(0) - matched.target) / (len(s_image) - 1)
+    others = (matched.target.sum(0) - matched.target) / (n - 1)
     metrics = dict(energy_matched=matched.energy.mean(), energy_mismatched=mismatched.mean(),
                    pair_accuracy=wins(matched.energy, mismatched).mean(),
                    energy_position=net.patch_energy(others, matched.target).mean(),
@@ -427,19 +320,18 @@ def held_out_metrics(net, features):
 
 def energy_matrix(net, features, draws):
     """Energies of every image with every caption [I, T], each the mean over the same `draws` masks."""
-    s_image, s_text, text_mask = features
-    n = len(s_image)
-    columns = [net.mean_energy(s_image, tokens.expand(n, -1, -1), mask.expand(n, -1), draws)
-               for tokens, mask in zip(tqdm(s_text, desc="energies"), text_mask)]
+    n = len(features.s_image)
+    columns = [net.mean_energy(features.pair(slice(None), [i] * n), draws)
+               for i in tqdm(range(n), desc="energies")]
     return torch.stack(columns, dim=1).float().cpu()
 
 
-def energy_maps(net, s_image, s_text, text_mask, least=8):
+def energy_maps(net, features, least=8):
     """Features of B pairs -> [B, N]: each patch's mean energy, of the masks that hide it, `least` or more."""
-    total, count = torch.zeros(s_image.shape[:2]), torch.zeros(s_image.shape[1])
+    total, count = torch.zeros(features.s_image.shape[:2]), torch.zeros(features.s_image.shape[1])
     for draw in tqdm(itertools.count(), desc="masks for maps.png"):
         hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]
-        energies = net.measure(s_image, s_text, text_mask, draw).patch_energy.flatten(1)  # [B, M * P]
+        energies = net.measure(features, draw).patch_energy.flatten(1)  # [B, M * P]
         total.index_add_(1, hidden, energies.float().cpu())
         count += torch.bincount(hidden, minlength=len(count))
         if count.min() >= least:
@@ -448,7 +340,11 @@ def energy_maps(net, s_image, s_text, text_mask, least=8):
 
 def retrieval_metrics(energies):
     """Energies [I, I], the matched pairs on the diagonal -> the figures of --eval. A tie is half a win for
-    the AUC and a loss for recall, so that a constant energy scores as what it is worth."""
+    the AUC and a loss for recall, so that a constant energy scores as what it is worth. Raises
+    FloatingPointError for an energy that is not finite."""
+    if not energies.isfinite().all():
+        raise FloatingPointError(f"{(~energies.isfinite()).sum()} of {energies.numel()} energies are not finite: "
+                                 "the checkpoint or its precision is of no use")
     n = len(energies)
     own, other = energies.diagonal(), energies[~torch.eye(n, dtype=torch.bool)]  # [I], [I * (I - 1)]
     won = wins(own[:, None], energies).sum(1) - 0.5  # [I]: without the tie of each with itself
@@ -458,31 +354,6 @@ def retrieval_metrics(energies):
     return {"images": n, **{name: value.mean().item() for name, value in figures.items()}}
 
 
-def rank_captions(args, net, log):
-    """--eval with a picture and captions: print their energies; draw maps_<image>.png of the ends."""
-    try:
-        picture = data.read_image(args.image, net.image_encoder.data_config["input_size"][1:])
-    except data.NOT_AN_IMAGE as error:
-        raise UserError(f"--image {args.image} cannot be read: {error}") from error
-    image = data.image_transform(net.image_encoder.data_config)(picture)
-    s_image = net.frozen_image(image[None]).expand(len(args.captions), -1, -1)
-    features = s_image, *net.frozen_text(args.captions)
-    energies = net.mean_energy(*features, args.eval_masks)
-    lines = [f"{energy:.4f}  {caption}" for energy, caption in zip(energies.tolist(), args.captions)]
-    order, tokenizer = energies.argsort().tolist(), net.text_encoder.tokenizer
-    for i in order:
-        tokens = net.text_encoder.tokenize([args.captions[i]], add_special_tokens=False)["input_ids"][0]
-        mostly_unknown = 2 * tokens.count(tokenizer.unk_token_id) > len(tokens)
-        print(lines[i] + "  (f_T does not know most of its words)" * mostly_unknown)
-    if log:
-        accuracy = log[-1]["pair_accuracy"]
-        print(f"pair accuracy on the held-out images: {accuracy:.2f}, where 0.5 is chance"
-              + "; these energies mean little" * (accuracy < 0.6))
-    if len(order) > 1:
-        ends, path = [order[0], order[-1]], Path(args.out) / f"maps_{Path(args.image).stem}.png"
-        plot_maps(net, [picture], [feature[ends] for feature in features], [lines[i] for i in ends], path)
-
-
 def evaluate(args):
     """The --eval command: measure exactly the images that the checkpoint held out, print and write it."""
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
@@ -490,13 +361,13 @@ def evaluate(args):
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)  # without its lock: a run may be evaluated as it trains
     if args.image:
-        return rank_captions(args, net, checkpoint["log"])
-    held_out, found, coco = checkpoint["held_out"], {}, args.coco or checkpoint["coco"]
+        return rank_captions(args, net)
+    held_out, digests, coco = checkpoint["held_out"], {}, args.coco or checkpoint["coco"]
     items = [item for item in data.load_coco(coco)[0] if item[0].name in held_out]
     if items:
         cache = data.FeatureCache(args.cache, items, net, args.workers)
-        found = {path.name: contents for (path, _), contents in zip(items, cache.digests)}
-    differs = [name for name in held_out if found.get(name) != held_out[name]]
+        digests = {path.name: digest for (path, _), digest in zip(items, cache.digests)}
+    differs = [name for name in held_out if digests.get(name) != held_out[name]]
     if differs:
         raise UserError(f"--eval {args.eval}: {len(differs)} of its {len(held_out)} held-out images are not "
                         f"in {coco}, or not what they were in training: {', '.join(differs[:5])}")
@@ -511,31 +382,150 @@ def evaluate(args):
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
     image = np.arange(len(pictures)).repeat(2)  # 0 0 1 1 ...
     text = image - np.arange(len(image)) % 2  # 0 -1 1 0 ...: its own caption, then the one before
-    chosen = [feature[:len(pictures)][index] for feature, index in zip(features, (image, text, text))]
-    plot_maps(net, pictures, chosen, [captions[i] for i in text], folder / "maps.png")
+    text %= len(pictures)
+    plot_maps(net, pictures, features.pair(image, text), [captions[i] for i in text], folder / "maps.png")
     # The last file: when it is there, all are.
     data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"], "seconds": seconds})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
+def rank_captions(args, net):
+    """--eval with a picture and captions: print their energies; draw maps_<image>.png of the ends."""
+    try:
+        picture = data.read_image(args.image, net.image_encoder.input_size)
+    except data.NOT_AN_IMAGE as error:
+        raise UserError(f"--image {args.image} cannot be read: {error}") from error
+    image = data.image_transform(net.image_encoder)(picture)
+    features = net.frozen_features(image.expand(len(args.captions), -1, -1, -1), args.captions)
+    energies = net.mean_energy(features, args.eval_masks)
+    lines = [f"{energy:.4f}  {caption}" for energy, caption in zip(energies.tolist(), args.captions)]
+    order = energies.argsort().tolist()
+    print("\n".join(lines[i] for i in order))
+    ends, path = [order[0], order[-1]], Path(args.out) / f"maps_{Path(args.image).stem}.png"
+    plot_maps(net, [picture], features.pair(ends, ends), [lines[i] for i in ends], path)
+
+
+# ---- A run: its model, its identity, its processes, its end ------------------------------------------------
+
+
+def make_config(args, items):
+    """The model's Config by the arguments. Only the toy text encoder needs the captions: for their words."""
+    preset, words = model.PRESETS[args.preset], set()
+    f_T = args.text_encoder or preset.text_encoder
+    if f_T == "toy":
+        words.update(word for _, captions in items for text in captions for word in text.lower().split())
+    elif os.path.isdir(f_T):
+        f_T = os.path.realpath(f_T)  # the checkpoint may be used from another folder
+    weights = args.image_weights and os.path.realpath(args.image_weights)
+    return replace(preset, image_encoder=args.image_encoder, image_weights=weights, text_encoder=f_T,
+                   loss=args.loss, target=args.target, vocabulary=sorted(words))
+
+
+def write_log(path, log):
+    """The log lines, one JSON object each, to log.jsonl beside the checkpoint."""
+    lines = [json.dumps(line, allow_nan=False) + "\n" for line in log]
+    data.atomic_write(path.with_name("log.jsonl"), "".join(lines).encode())
+
+
+def build_optimizer(net):
+    """AdamW over X and g: first the group that is decayed, then biases and norms. The loop sets lr and wd."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim <= 1]}]
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=net.device.type == "cuda")
+
+
+def run_identity(args, net, items, cache):
+    """All that decides how a run ends: {name: value}. --resume compares it."""
+    options = {f"--{name}": value for name, value in vars(args).items() if name not in FREE}
+    config = {name: value for name, value in asdict(net.config).items() if name not in {*FREE, *vars(args)}}
+    pairs = [(path.name, digest) for (path, _), digest in zip(items, cache.digests)]  # with captions
+    return {**config, **options, "--dtype": str(net.dtype), **cache.encoders, "data": data.digest(pairs)}
+
+
+def resume(path, constant, net, optimizer, scaler, seconds):
+    """Load the run that `path` is of -> (step, log, start_share, running). UserError names what differs."""
+    saved = model.read_checkpoint(path)
+    with model.of_a_checkpoint(path):
+        differs = model.differences(saved["identity"], constant["identity"])
+        if differs:
+            raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
+        net.load_trained_state(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        for p, state in optimizer.state.items():
+            if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
+                raise ValueError("moments of another shape")
+        log = [dict(line, step=int(line["step"])) for line in saved["log"]]
+        seconds.update(saved["seconds"])  # a Counter: adds
+        return int(saved["step"]), log, float(saved["start_share"]), saved["running"].reshape(2)
+
+
+def join_processes(args):
+    """(rank, world size, device) of this process: one for each GPU, or all on what --device names."""
+    if not dist.is_torchelastic_launched():  # not by torchrun, whatever variables other launchers set
+        return 0, 1, model.pick_device(args.device)
+    own_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = model.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else args.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # one process prints
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def all_reduce(value, op=dist.ReduceOp.SUM):
+    """The sum (or another `op`) of a tensor over all processes, on the CPU."""
+    value = value.cpu().clone()  # what is on the CPU would be changed in place
+    if dist.is_initialized():
+        dist.all_reduce(value, op)
+    return value
+
+
+def split_batch(args, rank, world_size):
+    """The slices of a batch that this process takes, one a forward pass, all equal. Raises UserError."""
+    micro, remainder = divmod(args.batch_size, args.accumulate * world_size)
+    if remainder:
+        raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
+                        f"({args.accumulate} x {world_size})")
+    if args.sigreg and micro < args.batch_size:  # it would see only a part
+        raise UserError("--sigreg needs the whole batch: one process and --accumulate 1")
+    first = rank * args.accumulate
+    return [slice(n * micro, (n + 1) * micro) for n in range(first, first + args.accumulate)]
+
+
+@contextmanager
+def catch_signals():
+    """Inside, Ctrl-C and SIGTERM are only noted in a list, for the loop; the next Ctrl-C ends the process."""
+    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
+
+    def note(number, frame):
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield signals
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
 # ---- --bench: how long will it take here? ------------------------------------------------------------------
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
-TOKENS = 24  # of a caption or a post, padded to the longest of its batch
-STEP = ("masks", "forward", "backward", "optimiser", "EMA")  # on B images; the last two once a step
+TOKENS = 24  # of a caption, padded to the longest of its batch
 
 
-def time_parts(args, net, B, rounds=100, limit=30):
-    """Repeat a training step on B images, and what other stages repeat, so many times or seconds ->
-    ({part: median seconds}, GFLOP of one image in f_I, in the trained half both ways)."""
-    device, optimizer, times = net.device, build_optimizer(net), defaultdict(list)
+def time_parts(args, net, rounds=50, limit=20):
+    """Repeat a micro-batch's parts on random features, so many times or seconds -> ({part: median seconds},
+    GFLOP of one image in f_I, in the trained half both ways)."""
+    B, N, device = args.batch_size // args.accumulate, math.prod(net.grid), net.device
+    optimizer, times = build_optimizer(net), defaultdict(list)
     forward = torch.compile(net, dynamic=True) if args.compile else net
-    N, D_I, D_T = math.prod(net.grid), net.image_encoder.dim, net.text_encoder.dim
-    images = torch.randn(data.ENCODE_BATCH, *net.image_encoder.data_config["input_size"])
-    s_image, s_text = (torch.randn(size).to(device, net.dtype) for size in ((B, N, D_I), (B, TOKENS, D_T)))
-    features = s_image, s_text, torch.ones(B, TOKENS, device=device, dtype=torch.bool)
-    few = s_image[:, :model.patches_to_tune(N)]
-    x, w = torch.randn(math.ceil(0.8 * args.posts), D_T + D_I), torch.randn(D_T + D_I, 6)  # training posts
+    images = torch.zeros(data.ENCODE_BATCH, 3, *net.image_encoder.input_size, dtype=torch.uint8)
+    s_image, s_text = (torch.randn(B, n, encoder.dim).to(device, net.dtype) for n, encoder in
+                       ((N, net.image_encoder), (TOKENS, net.text_encoder)))
+    features = model.Features(s_image, s_text, torch.ones(B, TOKENS, dtype=torch.bool, device=device))
 
     @contextmanager
     def timed(part):
@@ -544,14 +534,14 @@ def time_parts(args, net, B, rounds=100, limit=30):
         getattr(torch, device.type).synchronize()
         times[part].append(time.perf_counter() - start)
 
-    begin = time.time()
-    for number in range(rounds + 1):
-        if number > 1 and time.time() - begin > limit:
+    start = time.time()
+    for step in range(rounds + 1):
+        if step > 1 and time.time() - start > limit:
             break
-        with timed("masks"):  # other sizes each time
-            masks = model.sample_masks(net.grid, B, args.seed, number).to(device)
+        with timed("masks"):  # of other sizes at each step
+            masks = model.sample_masks(net.grid, B, args.seed, step).to(device)
         with timed("forward"):
-            loss = forward(*features, masks).energy.mean()
+            loss = forward(features, masks).energy.mean()
         with timed("backward"):
             loss.backward()
         with timed("optimiser"):
@@ -560,31 +550,23 @@ def time_parts(args, net, B, rounds=100, limit=30):
         with timed("EMA"):
             net.update_target(0.996)
         with timed("encode"):
-            net.frozen_image(images)
-        with timed("pool"), net.autocast():
-            net.target_encoder(*features).mean(1)
-        with timed("tune"), net.autocast():
-            net.context_encoder(few, *features[1:]).float().mean().backward()
-        with timed("probe"):
-            x.T @ x
-            for _ in range(90):  # about 30 passes over the features for each of 3 C
-                x.T @ (x @ w)
+            net.encode_images(images)
         optimizer.zero_grad(set_to_none=True)
-    one = [tensor[:1] for tensor in features]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted on any device
-        net.frozen_image(images[:1])
+        net.encode_images(images[:1])
         frozen = counter.get_total_flops()
-        for number in range(10):
-            masks = model.sample_masks(net.grid, B, args.seed, number).to(device)
-            net(*one, model.Masks(*(index[:1] for index in masks))).energy.mean().backward()
+        for step in range(10):
+            masks = model.sample_masks(net.grid, B, args.seed, step).to(device)
+            one = model.Masks(*(index[:1] for index in masks))
+            net(features.pair([0], [0]), one).energy.mean().backward()
     trained = (counter.get_total_flops() - frozen) / 10
-    return {part: np.median(found[1:]) for part, found in times.items()}, frozen / 1e9, trained / 1e9
+    return {part: np.median(seconds[1:]) for part, seconds in times.items()}, frozen / 1e9, trained / 1e9
 
 
 def bench(args):
-    """The --bench command: the parts of a step on random features, and by them what the stages take."""
+    """The --bench command: the parts of a step on random features, and by them what a run takes here."""
     split_batch(args, 0, 1)  # refuses what training does
-    posts, pairs = args.posts, args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
+    pairs = args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
     held_out = args.held_out or data.default_held_out(pairs)
     steps = args.epochs * ((pairs - held_out) // args.batch_size)
     if steps < 1 or args.text_encoder:
@@ -592,50 +574,31 @@ def bench(args):
     device, config = model.pick_device(args.device), make_config(args, [])
     f_I, f_T = model.ImageEncoder(config.image_encoder, pretrained=False), torch.nn.Module()
     f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]  # it is not built
-    weights = f_T_weights + sum(p.numel() for p in f_I.parameters())
     net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype)
-    for accumulate in (n for n in range(args.accumulate, args.batch_size + 1) if args.batch_size % n == 0):
-        B = args.batch_size // accumulate
-        try:
-            took, frozen, trained = time_parts(args, net, B)
-            break
-        except torch.OutOfMemoryError:
-            print(f"--accumulate {accumulate}: {B} images at a time do not fit the memory")
-    else:
-        raise UserError("not even one image at a time fits the memory: take a smaller preset")
+    seconds, frozen, trained = time_parts(args, net)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     card = ""
     if device.type == "cuda":
         memory, card = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
-    step = accumulate * sum(took[part] for part in STEP[:3]) + sum(took[part] for part in STEP[3:])
-    image = took["encode"] / data.ENCODE_BATCH  # seconds to encode one
+    once = seconds["optimiser"] + seconds["EMA"]
+    step = args.accumulate * (seconds["masks"] + seconds["forward"] + seconds["backward"]) + once
+    image = seconds["encode"] / data.ENCODE_BATCH  # to encode one
     caption = image * 2e-9 * f_T_weights * TOKENS / frozen  # at f_I's rate
-    pool, tune = took["pool"] / B, took["tune"] / B + took["optimiser"] / 32  # seconds for a post
-    widths = 3 + 6 * config.dim / (f_T.dim + f_I.dim)  # of all rows' features, in those of both encoders
-    energies = held_out ** 2 * args.eval_masks
     report = {
-        **{f"{part}, ms for {B} images": 1000 * took[part] for part in STEP},
-        f"step of {args.batch_size} images, --accumulate {accumulate}, ms": 1000 * step,
+        **{f"{part}, ms for {args.batch_size // args.accumulate} images": 1000 * seconds[part]
+           for part in ("masks", "forward", "backward", "optimiser", "EMA")},
+        f"step of {args.batch_size} images, --accumulate {args.accumulate}, ms": 1000 * step,
         "training, images/s": args.batch_size / step,
         "encode by f_I, images/s": 1 / image,
         "f_I, GFLOP per image": frozen,
         "trained half, GFLOP per image": trained,
-        "what the cache saves, by FLOPs": (frozen + trained) / trained,
         **{f"MFU on {card}, %": 0.1 * trained * args.batch_size / step / peak
            for name, peak in PEAK_TFLOPS.items() if name in card},
         "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
         "peak memory, GB": memory / 1e9,
-        "f_I and f_T, GB (file of I-JEPA: 10)": 4e-9 * weights,
-        "disk for the features, GB": 2e-9 * ((pairs + posts) * math.prod(net.grid) * f_I.dim
-                                             + (5 * pairs + posts) * TOKENS * f_T.dim),
+        "disk for the features, GB": 2e-9 * pairs * (math.prod(net.grid) * f_I.dim + 5 * TOKENS * f_T.dim),
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
-        f"minutes to pretrain, {steps} steps": steps * step / 60,
-        f"minutes for {energies} energies": energies * took["forward"] / B / 60,
-        f"minutes to encode {posts} posts": posts * (image + caption) / 60,
-        "minutes to pool them, 9 encoders": 9 * posts * pool / 60,
-        "minutes of probes, 5 seeds": 5 * widths * took["probe"] / 60,
-        # 3 starting points, about 5 of at most 8 epochs, each on 80 % of the posts, scored on 10 %
-        "minutes of fine-tuning, 5 seeds": 5 * 3 * 5 * posts * (0.8 * tune + 0.1 * pool) / 60}
+        f"minutes to pretrain, {steps} steps": steps * step / 60}
     for what, value in report.items():
         print(f"{what:44}{value:10.4g}")
 
@@ -699,8 +662,8 @@ def plot_masks(pictures, captions, grid, path):
 
 
 def plot_maps(net, pictures, features, titles, path):
-    """PIL images, features and titles of two pairs of each -> the energy of each patch, the difference."""
-    maps = energy_maps(net, *features).unflatten(-1, net.grid).unflatten(0, (-1, 2)).numpy()
+    """PIL images, Features and titles of two pairs of each -> the energy of each patch, the difference."""
+    maps = energy_maps(net, features).unflatten(-1, net.grid).unflatten(0, (-1, 2)).numpy()
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
     for axes, picture, pair, captions in zip(rows, pictures, maps, np.reshape(titles, (-1, 2))):
