@@ -13,6 +13,7 @@ import argparse
 import copy
 import csv
 import json
+import math
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
@@ -31,7 +34,7 @@ import model
 from model import UserError
 
 # The grids, each searched whole on validation
-REGULARISATION = (1e-3, 1e-2, 1e-1)  # C of the logistic regression, rising: each starts from the last
+REGULARISATION = (1e-3, 1e-2, 1e-1)  # C of the logistic regression
 LEARNING_RATES = (1e-4, 5e-4)  # of the encoder and the head
 BATCH = 32  # posts at a time, in a training step and where nothing is trained
 MAJORITY, CONCAT = "majority class", "text + image concatenated"
@@ -97,13 +100,14 @@ def batches(cache, rows):
 @torch.no_grad()
 def extract_features(net, cache, seeds):
     """The frozen features of all readable posts in one pass: {row: [P, D] array}; the untrained X~ of each
-    seed under (row, seed). The empty picture is the mean colour, the empty text has no words."""
+    seed under (row, seed). The empty picture is f_I's mean colour, the empty text has no words."""
     encoders = {(UNTRAINED, seed): untrained(net, seed) for seed in seeds}
     encoders |= {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
-    empty = net.frozen(torch.zeros(1, *net.image_encoder.data_config["input_size"]), [""])
+    colour = (255 * net.image_encoder.mean).round().to(torch.uint8)  # [3, 1, 1]
+    empty = net.frozen_features(colour.expand(1, 3, *net.image_encoder.input_size), [""])
     parts = []
     for s_image, s_text, mask in tqdm(batches(cache, cache.readable), desc="features"):
-        no_image, no_text, no_mask = (tensor.expand(len(s_image), *tensor.shape[1:]) for tensor in empty)
+        no_image, no_text, no_mask = empty.pair([0] * len(s_image), [0] * len(s_image))
         with net.autocast():
             pooled = {row: encoder(s_image, s_text, mask).mean(1) for row, encoder in encoders.items()}
             pooled[NO_IMAGE] = net.target_encoder(no_image, s_text, mask).mean(1)
@@ -118,14 +122,14 @@ def extract_features(net, cache, seeds):
 
 
 def split_posts(posts, args):
-    """Posts -> ({seed: (train, validation, test) indices}, notes on what was found, with --split the test
-    posts that repeat a training post)."""
+    """Posts -> ({seed: (train, validation, test) indices}, notes for the table {what: how many}, with
+    --split the test posts that repeat a training post)."""
     labels, seeds = [post.label for post in posts], args.seeds
     if args.split:
         parts, notes = data.clmlf_split(args.split, posts)
         repeats = data.repeats(posts, *parts)
-        for name, found in zip(("validation", "test"), repeats):
-            notes.update(f"{name} posts with the {what} of a training post" for what, _ in found)
+        for name, repeated in zip(("validation", "test"), repeats):
+            notes.update(f"{name} posts with the {what} of a training post" for what, _ in repeated)
         return dict.fromkeys(seeds, parts), notes, [i for _, i in repeats[1]]
     if args.protocol == "standard":
         return {seed: data.stratified_split(labels, seed) for seed in seeds}, {}, []
@@ -140,62 +144,41 @@ def split_posts(posts, args):
 # ---- Features -> predictions. All labels are passed, but none of a test post is used -----------------------
 
 
-def class_weights(labels):
-    """Labels [n] -> [2, 3]: every class alike, and in inverse proportion to its number of posts."""
-    counts = labels.bincount(minlength=len(data.LABELS))
-    balanced = len(labels) / ((counts > 0).sum() * counts.clamp_min(1))
-    return torch.stack([torch.ones(len(counts)), balanced])
-
-
 def fit_probe(x, y, train, validation):
-    """Logistic regression of labels [P] on standardised features [P, D] -> (a Linear on the features as they
-    are, its choice from the grid). Raises UserError if the training posts all have one label.
-
-    L-BFGS in the coordinates u = L^T w, L the Cholesky factor of a bound of the unweighted Hessian (Boehning
-    1992), takes about 30 passes over the features for each C, in which it fits both class weightings."""
-    standard, K, n, D = StandardScaler().fit(x[train]), len(data.LABELS), len(train), x.shape[1]
-    labels = torch.from_numpy(y[train])
-    there = torch.isin(torch.arange(K), labels)
-    if there.sum() < 2:
-        raise UserError(f"all training posts are {data.LABELS[labels[0]]}: a head needs two labels")
-    never = torch.where(there, 0.0, -30.0)  # a label that no training post has stays impossible
-    x_train = torch.from_numpy(standard.transform(x[train]))  # [n, D] in float32, as x is
-    weights = class_weights(labels)[:, labels].T  # [n, 2]
-    gram = x_train.T @ x_train / n  # [D, D]
-    w, bias = torch.zeros(D, 2 * K), torch.zeros(2, K, requires_grad=True)
+    """Logistic regression of labels [P] on standardised features [P, D], with the C that is best on validation
+    (of equals the smallest) -> (scikit-learn's pipeline, its choice {"C", "validation", "loss"}). Raises
+    UserError if the training posts all have one label."""
+    if len(np.unique(y[train])) < 2:
+        raise UserError(f"all training posts are {data.LABELS[y[train][0]]}: a probe needs two labels")
     fitted = []
     for c in REGULARISATION:
-        penalty = 1 / (c * n)
-        L = torch.linalg.cholesky(gram / 2 + penalty * torch.eye(D))
-        u = (L.T @ w).requires_grad_()
-        optimizer = torch.optim.LBFGS([u, bias], max_iter=500, tolerance_grad=1e-5, tolerance_change=0,
-                                      history_size=20, line_search_fn="strong_wolfe")
-
-        def evaluate():
-            optimizer.zero_grad()
-            w = torch.linalg.solve_triangular(L.T, u, upper=True)  # [D, 2 * 3]
-            logits = (x_train @ w).unflatten(1, (2, K)) + bias + never  # [n, 2, 3]
-            errors = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(2), reduction="none")
-            loss = (errors.view(n, 2) * weights).mean(0).sum() + penalty / 2 * w.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(evaluate)
-        w = torch.linalg.solve_triangular(L.T, u.detach(), upper=True)
-        scaled = w.double() / torch.from_numpy(standard.scale_)[:, None]  # [D, 2 * 3], of raw features
-        for k, of_raw in enumerate(scaled.split(K, dim=1)):
-            head = torch.nn.Linear(D, K).requires_grad_(False)
-            head.weight.copy_(of_raw.T)
-            head.bias.copy_(bias.detach()[k] + never - torch.from_numpy(standard.mean_) @ of_raw)
-            measured = validate(probabilities_of(head, x[validation]), y[validation])
-            fitted.append((head, {"C": c, "balanced": bool(k), **measured}))
-    # Of equals the first without class weights
-    return max(fitted, key=lambda one: (one[1]["validation"], not one[1]["balanced"]))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
+        probe.fit(x[train], y[train])
+        choice = {"C": c, **validate(probabilities_of(probe, x[validation]), y[validation])}
+        fitted.append((probe, choice))
+    return max(fitted, key=lambda one: one[1]["validation"])  # the first of equals
 
 
-def probabilities_of(head, x):
-    """A head and features [P, D] -> [P, 3]"""
-    return head(torch.from_numpy(x)).double().softmax(1).numpy()
+def probabilities_of(probe, x):
+    """A fitted probe and features [P, D] -> [P, 3]; 0 for a label that no training post has."""
+    probabilities = np.zeros((len(x), len(data.LABELS)))
+    probabilities[:, probe.classes_] = probe.predict_proba(x)
+    return probabilities
+
+
+def head_of(probe):
+    """A fitted probe -> the same function of features as they are, not standardised: a Linear to 3 logits."""
+    scaler, regression = probe[0], probe[1]
+    weight, bias = regression.coef_.astype(float), regression.intercept_.astype(float)
+    if len(weight) == 1:  # of two labels scikit-learn has the second's log odds alone
+        weight, bias = np.vstack([-weight / 2, weight / 2]), np.hstack([-bias / 2, bias / 2])
+    weight = weight / scaler.scale_
+    head = torch.nn.Linear(weight.shape[1], len(data.LABELS)).requires_grad_(False)
+    head.weight.zero_()
+    head.bias.fill_(-30.0)  # a label that no training post has stays impossible
+    head.weight[regression.classes_] = torch.from_numpy(weight).float()
+    head.bias[regression.classes_] = torch.from_numpy(bias - weight @ scaler.mean_).float()
+    return head
 
 
 def validate(probabilities, y):
@@ -210,7 +193,7 @@ class Classifier(torch.nn.Module):
 
     def __init__(self, net, encoder, probe):
         super().__init__()
-        self.autocast, self.encoder, self.head = net.autocast, copy.deepcopy(encoder), copy.deepcopy(probe)
+        self.autocast, self.encoder, self.head = net.autocast, copy.deepcopy(encoder), head_of(probe)
         self.requires_grad_(True).to(net.device)
 
     def forward(self, s_image, s_text, text_mask):
@@ -219,13 +202,17 @@ class Classifier(torch.nn.Module):
         return self.head(pooled.float())  # [B, 3], in float32
 
 
+def patches_to_tune(N):
+    """How many random patches of N a step of fine-tuning takes. A token of X does not depend on the others,
+    so the mean over some is an unbiased estimate of the mean over all."""
+    return max(9, math.ceil(N / 16))  # with 5 of the toy's 36, one random start in five did not learn
+
+
 def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, seed):
-    """Train encoder and head from the probe on, with its class weights -> (Classifier, its choice).
+    """Train encoder and head from the probe on -> (Classifier, its choice).
 
     A learning rate is tried until the first epoch that is worse on validation by cross-entropy (of a few
-    hundred posts, accuracy hardly tells two epochs apart). The best epoch of all is kept; 0 is the probe.
-    Steps take a random 16th of the patches: a token does not depend on others, so the mean is unbiased."""
-    weights = class_weights(torch.from_numpy(y[train]))[int(choice["balanced"])].to(net.device)
+    hundred posts, accuracy hardly tells two epochs apart). The best epoch of all is kept; 0 is the probe."""
     classifier = Classifier(net, encoder, probe)
     start = best = copy.deepcopy(classifier.state_dict())
     probe_loss, choice = choice["loss"], {**choice, "lr": None, "epoch": 0}
@@ -239,9 +226,9 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
             labels = torch.from_numpy(y[order]).to(net.device).split(BATCH)
             for y_batch, (s_image, *text) in zip(labels, batches(cache, cache.readable[order])):
                 B, N = s_image.shape[:2]
-                drawn = rng.random((B, N)).argsort(1)[:, :model.patches_to_tune(N)]  # [B, few]
+                drawn = rng.random((B, N)).argsort(1)[:, :patches_to_tune(N)]  # [B, few]
                 s_image = model.gather(s_image, torch.from_numpy(drawn).to(net.device))
-                loss = F.cross_entropy(classifier(s_image, *text), y_batch, weight=weights)
+                loss = F.cross_entropy(classifier(s_image, *text), y_batch)
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
@@ -270,27 +257,27 @@ def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
     """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}; counts
     `seconds`. `probes` keeps the fitted ones of a split: but for the untrained X~ all seeds share them."""
     train, validation, test = split
-    found, choices = {}, {}
+    probabilities, choices = {}, {}
     for row in [row for mode in ROWS if mode in args.mode for row in ROWS[mode]]:
         if row == MAJORITY:
-            found[row] = np.eye(len(data.LABELS))[[np.bincount(y[train]).argmax()] * len(test)]
+            probabilities[row] = np.eye(len(data.LABELS))[[np.bincount(y[train]).argmax()] * len(test)]
             continue
         start = row.removesuffix(FINE_TUNED)
         key = (start, seed) if start == UNTRAINED else start
         if key not in probes:
             with data.timed(seconds, "probes"):
                 probes[key] = fit_probe(features[key], y, train, validation)
-        head, choices[row] = probes[key]
+        probe, choices[row] = probes[key]
         if row == start:
-            found[row] = probabilities_of(head, features[key][test])
+            probabilities[row] = probabilities_of(probe, features[key][test])
             continue
         encoders = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
         encoder = encoders.get(start) or untrained(net, seed)
         with data.timed(seconds, "fine-tuning"):
-            classifier, choices[row] = finetune(net, encoder, head, choices[row], cache, y, train, validation,
-                                                args.finetune_epochs, seed)
-            found[row] = predict(classifier, cache, test)
-    return {"probabilities": {row: values.tolist() for row, values in found.items()}, "choices": choices}
+            classifier, choices[row] = finetune(net, encoder, probe, choices[row], cache, y, train,
+                                                validation, args.finetune_epochs, seed)
+            probabilities[row] = predict(classifier, cache, test)
+    return {"probabilities": {row: p.tolist() for row, p in probabilities.items()}, "choices": choices}
 
 
 # ---- Predictions -> scores. Before this, test labels only stratify splits ----------------------------------
@@ -306,11 +293,10 @@ def score(y, predicted, seeds):
         f1 = [metrics.f1_score(*pair, average=average) for average in ("weighted", "macro")]
         scores.append([metrics.accuracy_score(*pair), *f1])
         measures.append(metrics.precision_recall_fscore_support(*pair, labels=every, zero_division=0)[:3])
-    found = dict(zip(("accuracy", "weighted F1", "macro F1"), (100 * np.transpose(scores)).tolist()))
-    found["confusion"] = metrics.confusion_matrix(y, predicted, labels=every).tolist()
     by_label = (100 * np.transpose(measures, (2, 1, 0))).tolist()  # [label, measure, seed]
-    found["classes"] = {label: dict(zip(MEASURES, values)) for label, values in zip(data.LABELS, by_label)}
-    return found
+    return {**dict(zip(("accuracy", "weighted F1", "macro F1"), (100 * np.transpose(scores)).tolist())),
+            "confusion": metrics.confusion_matrix(y, predicted, labels=every).tolist(),
+            "classes": {label: dict(zip(MEASURES, values)) for label, values in zip(data.LABELS, by_label)}}
 
 
 def bootstrap(gains, posts, draws=2000):
@@ -326,17 +312,17 @@ def bootstrap(gains, posts, draws=2000):
 def read_json(path):
     """The object in a JSON file of ours, {} if it is not there, cut off or something else."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def judge(net, loaded, seconds, results, lines, args):
     """Split {set: (posts, skipped)} as one pool, predict, score: fills `seconds`, `results` {set: its part of
     results.json} and the `lines` of predictions.csv. A seed's predictions are read back from OUT/predictions
     if all that they depend on is the same."""
-    posts = [post for found, _ in loaded.values() for post in found]
+    posts = [post for of_set, _ in loaded.values() for post in of_set]
     items = [(post.image, [post.text]) for post in posts]
     with data.timed(seconds, "encode the posts"):
         cache = data.FeatureCache(args.cache, items, net, args.workers)
@@ -360,20 +346,20 @@ def judge(net, loaded, seconds, results, lines, args):
         hashes[seed] = data.digest([[(posts[i].set, posts[i].id) for i in part] for part in split])[:16]
         made_from = data.digest(*code, [*made_of, seed, hashes[seed]])
         path = Path(args.out) / "predictions" / f"{args.protocol}-{'-'.join(loaded)}-{seed}.json"
-        kept = read_json(path)
-        if kept.get("made_from") != made_from:
+        predicted = read_json(path)
+        if predicted.get("made_from") != made_from:
             took = Counter()
             with data.timed(took, "pool the features"):
                 features = features or extract_features(net, cache, args.seeds)
-            found = predict_rows(net, cache, features, labels, split, seed, probes[hashes[seed]], took, args)
-            kept = {"made_from": made_from, **found, "seconds": took}
+            rows = predict_rows(net, cache, features, labels, split, seed, probes[hashes[seed]], took, args)
+            predicted = {"made_from": made_from, **rows, "seconds": took}
             path.parent.mkdir(exist_ok=True)
-            data.write_json(path, kept)
-        seconds.update(kept["seconds"])
+            data.write_json(path, predicted)
+        seconds.update(predicted["seconds"])
         tests += [(seed, i) for i in split[2]]
-        for row, values in kept["probabilities"].items():
+        for row, values in predicted["probabilities"].items():
             probabilities[row] += values
-        for row, choice in kept["choices"].items():
+        for row, choice in predicted["choices"].items():
             choices[row][seed] = choice
     by_seed, tested = np.transpose(tests)  # [T], the tests of all seeds
     for kind, (_, skipped) in loaded.items():
@@ -430,19 +416,19 @@ def make_table(results, config, args, start_share):
         if kind not in results:
             parts.append(f"Not measured: no {name} in {args.mvsa}.")
             continue
-        found = results[kind]
-        row, last = list(found["scores"].items())[-1]
+        result = results[kind]
+        row, last = list(result["scores"].items())[-1]
         pool = " of the pool, upsampled" if args.protocol == "authors" else ""
-        notes = "".join(f"; {count} {what}" for what, count in found["split_notes"].items())
+        notes = "".join(f"; {count} {what}" for what, count in result["split_notes"].items())
         columns = [key for key in last if key not in ("confusion", "classes")]
         table = [(title, *(mean_std(scores[key]) for key in columns))
-                 for title, scores in found["scores"].items()]
+                 for title, scores in result["scores"].items()]
         reported = "TI-JEPA-Large, *reported* in the paper, not measured here", *REPORTED[kind]
-        parts += [f"{name}: {found['posts']} posts, skipped: {data.describe(found['skipped'])}; train, "
-                  f"validation, test {found['split_sizes']}{pool}{notes}",
+        parts += [f"{name}: {result['posts']} posts, skipped: {data.describe(result['skipped'])}; train, "
+                  f"validation, test {result['split_sizes']}{pool}{notes}",
                   markdown(("features", *columns), *table, (*reported, *["–"] * (len(columns) - 2)))]
         differences = [(pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
-                       for pair, (gain, low, high) in found["differences"].items()]
+                       for pair, (gain, low, high) in result["differences"].items()]
         confusion = []
         for label, counts in zip(data.LABELS, last["confusion"]):
             means = [f"{np.mean(values):.1f}" for values in last["classes"][label].values()]
@@ -462,31 +448,28 @@ def ablation_table(folder):
               UNTRAINED: ("*untrained*", "X~"), TUNED_UNTRAINED: ("*untrained*", "X~ fine-tuned"),
               CONCAT: (f"*{CONCAT}*", "X~")}
     table = defaultdict(lambda: defaultdict(list))  # {variant: {column: [a figure of each run]}}
-    for out in sorted(path.parent for path in folder.glob("*-*/results.json")):
+    for results in sorted(folder.glob("*-*/results.json")):
+        out = results.parent
         variant = out.name.rpartition("-")[0]
-        try:
-            last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-            ended, judged = (json.loads((out / file).read_text()) for file in ("eval.json", "results.json"))
-            if not last["step"] == ended["step"] == judged["step"]:
-                raise ValueError("its files are of different steps")
-            ended["loss"] = last["loss"]
-            for name in measured:
-                table[variant][name].append(float(ended[name]))
-            for kind, found in judged["sets"].items():
-                for row in places.keys() & found["scores"]:
-                    shared, column = places[row]
-                    accuracy = np.mean(found["scores"][row]["accuracy"])
-                    table[shared or variant][f"{column}, {NAMES[kind]}"].append(accuracy)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{out} is no finished run of this version: {error!r}") from error
+        last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+        evaluated, judged = (json.loads((out / name).read_text()) for name in ("eval.json", "results.json"))
+        if not last["step"] == evaluated["step"] == judged["step"]:
+            raise UserError(f"the files of {out} are of different steps: remove it, and run `make ablate`")
+        for name in measured:
+            table[variant][name].append({**evaluated, "loss": last["loss"]}[name])
+        for kind, result in judged["sets"].items():
+            for row in places.keys() & result["scores"]:
+                shared, column = places[row]
+                accuracy = np.mean(result["scores"][row]["accuracy"])
+                table[shared or variant][f"{column}, {NAMES[kind]}"].append(accuracy)
     if not table:
         raise UserError(f"--ablate {folder}: no <variant>-<seed>/results.json there; run `make ablate`")
-    accuracies = sorted({column for found in table.values() for column in found} - set(measured))
+    accuracies = sorted({column for figures in table.values() for column in figures} - set(measured))
     rows = []
-    for name, found in sorted(table.items()):
-        cells = [mean_std(found[column], 3) for column in measured]
-        cells += [mean_std(found[column], 1) for column in accuracies]
-        rows.append((name, max(map(len, found.values())), *cells))
+    for name, figures in sorted(table.items()):
+        cells = [mean_std(figures[column], 3) for column in measured]
+        cells += [mean_std(figures[column], 1) for column in accuracies]
+        rows.append((name, max(map(len, figures.values())), *cells))
     return markdown(("variant", "runs", *measured, *accuracies), *rows) + "\n"
 
 
@@ -520,8 +503,8 @@ def main(args):
         with open(path.with_name(f"predictions{ending}.csv"), "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(lines)
         figure = Figure((4 * len(results), 3.6), layout="tight")  # the last row's confusion matrices
-        for axis, (kind, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
-            row, scores = list(found["scores"].items())[-1]
+        for axis, (kind, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
+            row, scores = list(result["scores"].items())[-1]
             matrix = metrics.ConfusionMatrixDisplay(np.array(scores["confusion"]), display_labels=data.LABELS)
             matrix.plot(ax=axis, cmap="Blues", colorbar=False).ax_.set_title(NAMES[kind])
         figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)

@@ -65,7 +65,7 @@ import data
 import model
 from model import UserError
 
-# Learning rate and weight decay as in I-JEPA's configs/in1k_vith14_ep300.yaml, which the authors' script has, too
+# Of the learning rate and the weight decay, as in I-JEPA's configs/in1k_vith14_ep300.yaml
 START_LR, FINAL_LR, WARMUP = 2e-4, 1e-6, 0.1  # linear to --lr in this share of the steps, then a cosine
 START_WD, FINAL_WD = 0.04, 0.4  # a cosine over all steps
 # Training defaults of the presets; the paper's three follow the authors' script (batches of 10 x 60)
@@ -343,8 +343,7 @@ def retrieval_metrics(energies):
     the AUC and a loss for recall, so that a constant energy scores as what it is worth. Raises
     FloatingPointError for an energy that is not finite."""
     if not energies.isfinite().all():
-        raise FloatingPointError(f"{(~energies.isfinite()).sum()} of {energies.numel()} energies are not finite: "
-                                 "the checkpoint or its precision is of no use")
+        raise FloatingPointError("an energy is not finite: try --dtype float32, or train again")
     n = len(energies)
     own, other = energies.diagonal(), energies[~torch.eye(n, dtype=torch.bool)]  # [I], [I * (I - 1)]
     won = wins(own[:, None], energies).sum(1) - 0.5  # [I]: without the tie of each with itself
