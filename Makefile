@@ -22,12 +22,6 @@ RUN_MVSA := $(if $(IS_TOY),$(TOY)/mvsa,$(MVSA))
 CACHE := $(if $(IS_TOY),$(TOY)/cache,data/cache)
 # The first table has all modes and SPLIT; the other protocols, on the toy or by PROTOCOLS="standard grouped", the probes.
 PROTOCOLS := $(if $(IS_TOY),standard grouped authors,standard)
-# f_I's file from `make weights`, where it is there: the end of timm's URL.
-WEIGHTS := data/weights
-JEPA_small := IN1K-vit.h.14-300e.pth.tar
-JEPA_medium := $(JEPA_small)
-JEPA_large := IN1K-vit.h.16-448px-300e.pth.tar
-IMAGE_WEIGHTS ?= $(if $(IMAGE_ENCODER),,$(shell file="$(WEIGHTS)/$(JEPA_$(PRESET))"; [ -f "$$file" ] && echo "$$file"))
 options_of = $(if $(filter standard,$(1)),$(if $(SPLIT),--split "$(SPLIT)"),--mode probe)
 ENCODERS := $(if $(IMAGE_WEIGHTS),--image_weights "$(IMAGE_WEIGHTS)") $(if $(TEXT_ENCODER),--text_encoder "$(TEXT_ENCODER)")
 BOTH := --device $(DEVICE) --dtype $(DTYPE) --cache "$(CACHE)" $(ENCODERS)
@@ -36,7 +30,7 @@ TRAIN := "$(PY)" $(if $(GPUS),-m torch.distributed.run --nproc_per_node=$(GPUS))
 EVAL := "$(PY)" pretrain.py $(BOTH) --eval
 JUDGE := "$(PY)" finetune_mvsa.py $(BOTH)
 
-.PHONY: help reproduce pretrain picture ablate bench test coco weights clean check-preset packages
+.PHONY: help reproduce pretrain picture ablate bench test coco clean check-preset packages
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 18
 
@@ -65,15 +59,14 @@ picture: packages ## the README's picture, .github/toy.png, from the pictures of
 # Each variant's options; a run is out/ablate/<variant>-<seed>.
 plain :=
 image := --target image
-vicreg := --vicreg 1
 sigreg := --sigreg 0.005
 no_ema := --momentum 0 --final_momentum 0
 shuffled := --shuffle_captions
 image_shuffled := --target image --shuffle_captions
-VARIANTS := plain image vicreg sigreg no_ema shuffled image_shuffled
+VARIANTS := plain image sigreg no_ema shuffled image_shuffled
 RUNS := $(foreach variant,$(VARIANTS),$(foreach seed,0 1 2,out/ablate/$(variant)-$(seed)/results.json))
 
-ablate: packages ## what collapses and what does not: seven variants x 3 seeds on the toy data, one table
+ablate: packages ## what collapses and what does not: six variants x 3 seeds on the toy data, one table
 	@"$(PY)" data.py toy "$(TOY)"
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 PRESET=toy TARGET= SEED= EPOCHS= ARGS= $(RUNS)
 	@"$(PY)" finetune_mvsa.py --ablate out/ablate
@@ -86,17 +79,14 @@ out/ablate/%/results.json: Makefile $(wildcard *.py)
 	@$(EVAL) $(@D)/checkpoint.pt --coco "$(TOY)/coco" >> $(@D)/log.txt 2>&1
 	@$(JUDGE) --checkpoint $(@D)/checkpoint.pt --mvsa "$(TOY)/mvsa" --out $(@D) --seeds 0 1 2 --mode probe >> $(@D)/log.txt 2>&1
 
-bench: packages ## how long each stage of a preset takes here; needs no data, [PRESET=... IMAGES=N POSTS=N DEVICE= DTYPE=]
-	@"$(PY)" pretrain.py --bench --preset $(PRESET) --device $(DEVICE) --dtype $(DTYPE) $(if $(IMAGES),--max_images $(IMAGES)) $(if $(POSTS),--posts $(POSTS))
+bench: packages ## how long a preset's pretraining takes here; needs no data, [PRESET=... IMAGES=N DEVICE= DTYPE=]
+	@"$(PY)" pretrain.py --bench --preset $(PRESET) --device $(DEVICE) --dtype $(DTYPE) $(if $(IMAGES),--max_images $(IMAGES))
 
 test: packages ## run the tests, on the CPU and without network
 	@"$(PY)" -m pytest -q test_model.py
 
-coco: packages ## fetch COCO 2017's captions and first 10,000 images (1.6 GB) into COCO=DIR, resuming [IMAGES=N|all]
+coco: packages ## fetch COCO 2017's captions and first 10,000 images (1.6 GB) into COCO=DIR [IMAGES=N|all]
 	@"$(PY)" data.py coco "$(COCO)" --images $(or $(IMAGES:all=0),10000)
-
-weights: packages ## fetch f_I's file (about 10 GB) for make reproduce, resuming, [PRESET=small|medium|large]
-	@"$(PY)" data.py weights "$(WEIGHTS)" --preset $(PRESET)
 
 clean: ## remove the toy data and the toy results
 	@rm -rf "$(TOY)" out/toy out/ablate
