@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-import shutil
+import struct
 import sys
 import time
 import zlib
@@ -46,35 +46,26 @@ MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sent
 
 # ---- Images, and COCO's captions ---------------------------------------------------------------------------
 
-NOT_AN_IMAGE = UserError  # what read_image raises for a file that Pillow cannot decode
+# What Pillow's decoders raise on bytes that are no image, or not a whole one
+NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, TypeError,
+                struct.error, Image.DecompressionBombError)
 
 
-def read_image(path, size=None):
-    """Path -> upright RGB image; UserError if Pillow cannot decode it, OSError if the disk cannot read it.
-    A JPEG of more than twice `size` (height, width) is decoded at 1/2, 1/4 or 1/8, which costs a fraction."""
+def read_image(path, encoder):
+    """Path -> pixels uint8 [3, H, W], upright, of the size that f_I `encoder` takes; it normalises them. The
+    picture is squashed, as in the authors' scripts: captions are about the edges, too. Raises UserError if
+    Pillow cannot decode it, OSError if the disk cannot read it."""
+    (height, width), method = encoder.input_size, Image.Resampling[encoder.interpolation.upper()]
     content = read_file(Path(path))
     if content is None:
         raise UserError(f"{path} is no file")
     try:
         with Image.open(BytesIO(content)) as image:
-            if size:
-                image.draft(None, (2 * max(size), 2 * max(size)))  # does nothing for other formats
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # each decoder has its own; the bytes were read, so it is the picture's fault
+            image.draft(None, (2 * width, 2 * height))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+            image = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), method)
+    except NOT_AN_IMAGE as error:
         raise UserError(f"{path} cannot be read as an image: {error!r:.100}") from error
-
-
-def image_transform(encoder):
-    """f_I -> a function: PIL image -> uint8 tensor [3, H, W], which f_I normalises. The image is squashed, as
-    in the authors' scripts: captions are about the edges, too."""
-    (height, width), method = encoder.input_size, Image.Resampling[encoder.interpolation.upper()]
-
-    def transform(image):
-        pixels = np.array(image.resize((width, height), method))  # [H, W, 3]
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-    return transform
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def parse_captions(content, name):
@@ -167,16 +158,12 @@ class FeatureCache:
         self.encoders = net.fingerprint()  # with f_I's size, interpolation, mean and std
         self.key = digest([self.encoders, str(net.dtype), self.digests])
         self.folder = Path(root) / self.key
-        self.files = {  # name: (dtype, shape); a row is a picture or a token
-            "image.f16": (np.float16, (len(items), math.prod(net.grid), net.image_encoder.dim)),
-            "text.f16": (np.float16, (sum(tokens), net.text_encoder.dim)),
-        }
-        self.sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize  # in bytes
-                      for name, (dtype, shape) in self.files.items()}
+        self.shapes = {"image.f16": (len(items), math.prod(net.grid), net.image_encoder.dim),  # by pictures
+                       "text.f16": (sum(tokens), net.text_encoder.dim)}  # by tokens
+        sizes = {self.folder / name: 2 * math.prod(shape) for name, shape in self.shapes.items()}  # in bytes
         with locked(self.folder, wait=True):
-            paths = [self.folder / name for name in self.files]
-            if [path.is_file() and path.stat().st_size for path in paths] != list(self.sizes.values()):
-                self.build(paths, workers)
+            if any(not path.is_file() or path.stat().st_size != size for path, size in sizes.items()):
+                self.build(sizes, workers)
         unreadable = np.isnan(self.map("image.f16")[:, 0, 0])
         self.readable, self.unreadable = np.flatnonzero(~unreadable), np.flatnonzero(unreadable)
         longest = net.text_encoder.max_tokens
@@ -184,41 +171,34 @@ class FeatureCache:
         note = f"; {cut} have {longest} tokens or more: f_T reads {longest}" if cut else ""
         print(f"features: {self.folder}, {len(items)} images ({len(self.unreadable)} unreadable), "
               f"{len(texts)} texts{note}")
-        self.on_device, total = {}, sum(self.sizes.values())
-        if net.device.type == "cuda" and total < torch.cuda.mem_get_info(net.device)[0] / 2:  # half: to train
-            self.on_device = {name: torch.tensor(self.map(name), device=net.device) for name in self.files}
+        self.on_device = {}  # all features, if they leave half of the GPU's memory for training
+        if net.device.type == "cuda" and 2 * sum(sizes.values()) < torch.cuda.mem_get_info(net.device)[0]:
+            self.on_device = {name: torch.tensor(self.map(name), device=net.device) for name in self.shapes}
 
-    def build(self, paths, workers):
-        """Encode all items. A file gets its name when it is complete: what has it can be trusted."""
-        for path in paths:
-            path.unlink(missing_ok=True)  # a damaged one takes room
+    def build(self, sizes, workers):
+        """Encode all items into files {path: bytes}. A file gets its name when it is complete."""
         chunks = [self.items[n:n + ENCODE_BATCH] for n in range(0, len(self.items), ENCODE_BATCH)]
         with ExitStack() as stack:
-            files = [stack.enter_context(replacing(path)) for path in paths]
-            needed, free = sum(self.sizes.values()), shutil.disk_usage(self.folder).free
-            if needed > free:
-                raise UserError(f"the cache takes {needed / 1e9:.3g} GB in {self.folder}, {free / 1e9:.3g} GB "
-                                "are free: name another folder with --cache DIR")
+            files = [stack.enter_context(replacing(path)) for path in sizes]
             pool = stack.enter_context(ThreadPoolExecutor(workers))
             decoded = read_ahead(lambda chunk: list(pool.map(self.decode, chunk)), chunks)
             for chunk, pictures in zip(tqdm(chunks, "encode", unit=f" x {ENCODE_BATCH} images"), decoded):
                 texts = [text for _, captions in chunk for text in captions]
                 for file, features in zip(files, self.encode(pictures, texts)):
                     file.write(features.numpy().tobytes())
-            assert [file.tell() for file in files] == list(self.sizes.values())  # or rows are misplaced
+            assert [file.tell() for file in files] == list(sizes.values())  # or rows are misplaced
 
     def decode(self, item):
         """An item's picture -> uint8 [3, H, W], or None if it is no image."""
-        encoder = self.net.image_encoder
         try:
-            return image_transform(encoder)(read_image(item[0], encoder.input_size))
-        except NOT_AN_IMAGE as error:
+            return read_image(item[0], self.net.image_encoder)
+        except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
 
     def encode(self, pictures, texts):
         """Pictures, all their texts -> float16 patches [B, N, D_I], NaN for no picture, tokens [T, D_T]."""
         readable = [i for i, picture in enumerate(pictures) if picture is not None]
-        s_image = torch.full((len(pictures), *self.files["image.f16"][1][1:]), np.nan, dtype=torch.float16)
+        s_image = torch.full((len(pictures), *self.shapes["image.f16"][1:]), np.nan, dtype=torch.float16)
         if readable:
             images = torch.stack([pictures[i] for i in readable])
             s_image[readable] = self.net.encode_images(images).cpu().half()
@@ -230,8 +210,7 @@ class FeatureCache:
 
     def map(self, name):
         """A file as an array on the disk, opened each time: what is read of an open one fills memory."""
-        dtype, shape = self.files[name]
-        return np.memmap(self.folder / name, dtype, "r", shape=shape)
+        return np.memmap(self.folder / name, np.float16, "r", shape=self.shapes[name])
 
     def rows(self, name, index):
         """Rows [*index.shape, ...] of a file."""
@@ -399,11 +378,7 @@ def clmlf_split(folder, posts):
                         f"'{kind}' in its path; found {len(homes)}: {', '.join(map(str, homes))}")
     index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
     for path in (homes[0] / name for name in ("train.json", "dev.json", "test.json")):
-        try:
-            entries = json.loads(path.read_bytes())
-            listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no list of id, text, emotion_label: {error!r}") from error
+        listed = [(str(entry["id"]), entry["emotion_label"]) for entry in json.loads(path.read_bytes())]
         known = [(index[post], label) for post, label in listed if post in index]
         notes["listed, but not among the posts"] += len(listed) - len(known)
         notes["labelled otherwise there"] += sum(posts[i].label != label for i, label in known)
@@ -639,8 +614,7 @@ def read_file(path):
 
 @contextmanager
 def replacing(path):
-    """A file to write bytes to. When the block has ended it takes the place of `path`, which so is never half
-    written; if the block fails it is removed."""
+    """A file to write bytes to, which takes the place of `path` when the block ends: never half written."""
     part = path.with_name(path.name + ".tmp")
     try:
         with open(part, "wb") as file:
@@ -648,10 +622,9 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException as error:  # Ctrl-C as well
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # which write() does not say
+    except OSError as error:
+        part.unlink(missing_ok=True)  # it would be in the way on a full disk
+        error.filename = error.filename or str(path)  # which write() does not say
         raise
 
 

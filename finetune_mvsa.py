@@ -48,7 +48,6 @@ TUNED, TUNED_UNTRAINED = PRETRAINED + FINE_TUNED, UNTRAINED + FINE_TUNED
 ROWS = {"probe": (MAJORITY, TEXT, IMAGE, CONCAT, UNTRAINED, PRETRAINED, ONLINE, NO_IMAGE, NO_TEXT, BOTH),
         "finetune": (TUNED_UNTRAINED, ONLINE + FINE_TUNED, TUNED)}
 COMPARED = {PRETRAINED: (UNTRAINED, CONCAT, ONLINE), TUNED: (TUNED_UNTRAINED, CONCAT)}
-MEASURES = ("precision", "recall", "F1")
 NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}
 REPORTED = {"single": (76.75, 74.62), "multi": (77.55, 75.02)}  # TI-JEPA-Large, by the paper
 
@@ -145,7 +144,7 @@ def split_posts(posts, args):
 
 
 def fit_probe(x, y, train, validation):
-    """Logistic regression of labels [P] on standardised features [P, D], with the C that is best on validation
+    """Logistic regression of labels [P] on standardised features [P, D], of the C that is best on validation
     (of equals the smallest) -> (scikit-learn's pipeline, its choice {"C", "validation", "loss"}). Raises
     UserError if the training posts all have one label."""
     if len(np.unique(y[train])) < 2:
@@ -253,9 +252,9 @@ def predict(classifier, cache, part):
     return torch.cat([classifier(*batch).softmax(-1).cpu() for batch in features]).double().numpy()
 
 
-def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
-    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}; counts
-    `seconds`. `probes` keeps the fitted ones of a split: but for the untrained X~ all seeds share them."""
+def predict_rows(net, cache, features, y, split, seed, probes, args):
+    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}. `probes` keeps
+    the fitted ones of a split: but for the untrained X~ all seeds share them."""
     train, validation, test = split
     probabilities, choices = {}, {}
     for row in [row for mode in ROWS if mode in args.mode for row in ROWS[mode]]:
@@ -265,18 +264,16 @@ def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
         start = row.removesuffix(FINE_TUNED)
         key = (start, seed) if start == UNTRAINED else start
         if key not in probes:
-            with data.timed(seconds, "probes"):
-                probes[key] = fit_probe(features[key], y, train, validation)
+            probes[key] = fit_probe(features[key], y, train, validation)
         probe, choices[row] = probes[key]
         if row == start:
             probabilities[row] = probabilities_of(probe, features[key][test])
             continue
         encoders = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
         encoder = encoders.get(start) or untrained(net, seed)
-        with data.timed(seconds, "fine-tuning"):
-            classifier, choices[row] = finetune(net, encoder, probe, choices[row], cache, y, train,
-                                                validation, args.finetune_epochs, seed)
-            probabilities[row] = predict(classifier, cache, test)
+        classifier, choices[row] = finetune(net, encoder, probe, choices[row], cache, y, train, validation,
+                                            args.finetune_epochs, seed)
+        probabilities[row] = predict(classifier, cache, test)
     return {"probabilities": {row: p.tolist() for row, p in probabilities.items()}, "choices": choices}
 
 
@@ -284,19 +281,14 @@ def predict_rows(net, cache, features, y, split, seed, probes, seconds, args):
 
 
 def score(y, predicted, seeds):
-    """Labels, predictions and seeds [T] -> {score: [% for each seed]}, "confusion" [3, 3] of all seeds, and
-    "classes": {label: {measure: [% for each seed]}}."""
-    every = range(len(data.LABELS))
-    scores, measures = [], []
+    """Labels, predictions and seeds [T] -> {score: [% for each seed]}, "confusion" [3, 3] of all seeds."""
+    scores = []
     for seed in dict.fromkeys(seeds):  # in their order
         pair = y[seeds == seed], predicted[seeds == seed]
         f1 = [metrics.f1_score(*pair, average=average) for average in ("weighted", "macro")]
         scores.append([metrics.accuracy_score(*pair), *f1])
-        measures.append(metrics.precision_recall_fscore_support(*pair, labels=every, zero_division=0)[:3])
-    by_label = (100 * np.transpose(measures, (2, 1, 0))).tolist()  # [label, measure, seed]
     return {**dict(zip(("accuracy", "weighted F1", "macro F1"), (100 * np.transpose(scores)).tolist())),
-            "confusion": metrics.confusion_matrix(y, predicted, labels=every).tolist(),
-            "classes": {label: dict(zip(MEASURES, values)) for label, values in zip(data.LABELS, by_label)}}
+            "confusion": metrics.confusion_matrix(y, predicted, labels=range(len(data.LABELS))).tolist()}
 
 
 def bootstrap(gains, posts, draws=2000):
@@ -318,14 +310,13 @@ def read_json(path):
     return content if isinstance(content, dict) else {}
 
 
-def judge(net, loaded, seconds, results, lines, args):
-    """Split {set: (posts, skipped)} as one pool, predict, score: fills `seconds`, `results` {set: its part of
+def judge(net, loaded, results, lines, args):
+    """Split {set: (posts, skipped)} as one pool, predict, score: fills `results` {set: its part of
     results.json} and the `lines` of predictions.csv. A seed's predictions are read back from OUT/predictions
     if all that they depend on is the same."""
     posts = [post for of_set, _ in loaded.values() for post in of_set]
     items = [(post.image, [post.text]) for post in posts]
-    with data.timed(seconds, "encode the posts"):
-        cache = data.FeatureCache(args.cache, items, net, args.workers)
+    cache = data.FeatureCache(args.cache, items, net, args.workers)
     for i in cache.unreadable:
         loaded[posts[i].set][1]["unreadable image"] += 1
     if not len(cache.readable):
@@ -348,14 +339,11 @@ def judge(net, loaded, seconds, results, lines, args):
         path = Path(args.out) / "predictions" / f"{args.protocol}-{'-'.join(loaded)}-{seed}.json"
         predicted = read_json(path)
         if predicted.get("made_from") != made_from:
-            took = Counter()
-            with data.timed(took, "pool the features"):
-                features = features or extract_features(net, cache, args.seeds)
-            rows = predict_rows(net, cache, features, labels, split, seed, probes[hashes[seed]], took, args)
-            predicted = {"made_from": made_from, **rows, "seconds": took}
+            features = features or extract_features(net, cache, args.seeds)
+            rows = predict_rows(net, cache, features, labels, split, seed, probes[hashes[seed]], args)
+            predicted = {"made_from": made_from, **rows}
             path.parent.mkdir(exist_ok=True)
             data.write_json(path, predicted)
-        seconds.update(predicted["seconds"])
         tests += [(seed, i) for i in split[2]]
         for row, values in predicted["probabilities"].items():
             probabilities[row] += values
@@ -420,7 +408,7 @@ def make_table(results, config, args, start_share):
         row, last = list(result["scores"].items())[-1]
         pool = " of the pool, upsampled" if args.protocol == "authors" else ""
         notes = "".join(f"; {count} {what}" for what, count in result["split_notes"].items())
-        columns = [key for key in last if key not in ("confusion", "classes")]
+        columns = [key for key in last if key != "confusion"]
         table = [(title, *(mean_std(scores[key]) for key in columns))
                  for title, scores in result["scores"].items()]
         reported = "TI-JEPA-Large, *reported* in the paper, not measured here", *REPORTED[kind]
@@ -429,13 +417,10 @@ def make_table(results, config, args, start_share):
                   markdown(("features", *columns), *table, (*reported, *["–"] * (len(columns) - 2)))]
         differences = [(pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
                        for pair, (gain, low, high) in result["differences"].items()]
-        confusion = []
-        for label, counts in zip(data.LABELS, last["confusion"]):
-            means = [f"{np.mean(values):.1f}" for values in last["classes"][label].values()]
-            confusion.append((label, *counts, *means))
+        confusion = [(label, *counts) for label, counts in zip(data.LABELS, last["confusion"])]
         header = "difference in accuracy, same test posts", "points", "95 % interval over test posts"
         parts += [markdown(header, *differences), f"{row}, all seeds together:",
-                  markdown(("true \\ predicted", *data.LABELS, *MEASURES), *confusion)]
+                  markdown(("true \\ predicted", *data.LABELS), *confusion)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -443,10 +428,9 @@ def ablation_table(folder):
     """The runs in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation over seeds of pretraining
     of what a variant ended with and of accuracies, each a mean over the same splits. UserError for none."""
     measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
-    # {row: (its variant, its column)}; what does not depend on pretraining is the same in all runs
+    # {row: (its line, its column)}; what does not depend on pretraining is the same in all runs
     places = {PRETRAINED: ("", "X~"), ONLINE: ("", "X"), TUNED: ("", "X~ fine-tuned"),
-              UNTRAINED: ("*untrained*", "X~"), TUNED_UNTRAINED: ("*untrained*", "X~ fine-tuned"),
-              CONCAT: (f"*{CONCAT}*", "X~")}
+              UNTRAINED: ("*untrained*", "X~"), CONCAT: (f"*{CONCAT}*", "X~")}
     table = defaultdict(lambda: defaultdict(list))  # {variant: {column: [a figure of each run]}}
     for results in sorted(folder.glob("*-*/results.json")):
         out = results.parent
@@ -491,11 +475,9 @@ def main(args):
     net.place(device, args.dtype)
     print(f"finetune_mvsa: {args.checkpoint}, {', '.join(map(str, folders.values()))}, {device}, {net.dtype}")
     with data.locked(args.out):
-        evaluated = read_json(Path(args.checkpoint).parent / "eval.json")
-        seconds = Counter(checkpoint["seconds"]) + Counter(evaluated.get("seconds"))
         results, lines = {}, [("set", "seed", "row", "id", "label", "prediction", *data.LABELS)]
         for pool in pools:
-            judge(net, pool, seconds, results, lines, args)
+            judge(net, pool, results, lines, args)
         table = make_table(results, net.config, args, checkpoint["start_share"])
         ending = "" if args.protocol == "standard" else f"_{args.protocol}"
         path = Path(args.out) / f"results{ending}.json"
@@ -517,9 +499,8 @@ def main(args):
             "sets": results, "reported": REPORTED, "args": vars(args), "model": vars(net.config),
             "seeds": args.seeds, "code": code.stdout.strip(), "device": str(device), "dtype": str(net.dtype),
             "versions": {"python": sys.version.split()[0], **versions}, "step": checkpoint["step"],
-            "start_share": checkpoint["start_share"], "seconds": seconds})
+            "start_share": checkpoint["start_share"]})
     print(f"\n{table}\nfinetune_mvsa: wrote {path.with_suffix('.md')} and the files beside it")
-    print("seconds of each stage:", ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()))
 
 
 def run(argv=None):

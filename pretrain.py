@@ -371,31 +371,26 @@ def evaluate(args):
         raise UserError(f"--eval {args.eval}: {len(differs)} of its {len(held_out)} held-out images are not "
                         f"in {coco}, or not what they were in training: {', '.join(differs[:5])}")
     features = next(cache.batches([(cache.readable, cache.first[cache.readable])]))
-    seconds = Counter()
-    with data.timed(seconds, "evaluate the energies"):
-        energies = energy_matrix(net, features, args.eval_masks)
+    energies = energy_matrix(net, features, args.eval_masks)
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
     plot_energies(energies, folder / "energies.png")
-    pictures, captions = zip(*[(data.read_image(items[i][0]), items[i][1][0]) for i in cache.readable[:4]])
+    first = [items[i] for i in cache.readable[:4]]
+    pictures, captions = zip(*[(data.read_image(path, net.image_encoder), texts[0]) for path, texts in first])
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
-    image = np.arange(len(pictures)).repeat(2)  # 0 0 1 1 ...
-    text = image - np.arange(len(image)) % 2  # 0 -1 1 0 ...: its own caption, then the one before
-    text %= len(pictures)
-    plot_maps(net, pictures, features.pair(image, text), [captions[i] for i in text], folder / "maps.png")
+    image = [i for i in range(len(pictures)) for _ in range(2)]  # 0 0 1 1 ...
+    text = [i - n for i in range(len(pictures)) for n in range(2)]  # 0 -1 1 0 ...: its own caption, another's
+    chosen = features.pair(slice(len(pictures)), slice(len(pictures))).pair(image, text)
+    plot_maps(net, pictures, chosen, [captions[i] for i in text], folder / "maps.png")
     # The last file: when it is there, all are.
-    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"], "seconds": seconds})
+    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 def rank_captions(args, net):
     """--eval with a picture and captions: print their energies; draw maps_<image>.png of the ends."""
-    try:
-        picture = data.read_image(args.image, net.image_encoder.input_size)
-    except data.NOT_AN_IMAGE as error:
-        raise UserError(f"--image {args.image} cannot be read: {error}") from error
-    image = data.image_transform(net.image_encoder)(picture)
-    features = net.frozen_features(image.expand(len(args.captions), -1, -1, -1), args.captions)
+    picture = data.read_image(args.image, net.image_encoder)
+    features = net.frozen_features(picture.expand(len(args.captions), -1, -1, -1), args.captions)
     energies = net.mean_energy(features, args.eval_masks)
     lines = [f"{energy:.4f}  {caption}" for energy, caption in zip(energies.tolist(), args.captions)]
     order = energies.argsort().tolist()
@@ -444,19 +439,15 @@ def run_identity(args, net, items, cache):
 def resume(path, constant, net, optimizer, scaler, seconds):
     """Load the run that `path` is of -> (step, log, start_share, running). UserError names what differs."""
     saved = model.read_checkpoint(path)
-    with model.of_a_checkpoint(path):
+    with model.checkpoint_errors(path):
         differs = model.differences(saved["identity"], constant["identity"])
         if differs:
             raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
         net.load_trained_state(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        for p, state in optimizer.state.items():
-            if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
-                raise ValueError("moments of another shape")
-        log = [dict(line, step=int(line["step"])) for line in saved["log"]]
-        seconds.update(saved["seconds"])  # a Counter: adds
-        return int(saved["step"]), log, float(saved["start_share"]), saved["running"].reshape(2)
+    seconds.update(saved["seconds"])  # a Counter: adds
+    return saved["step"], saved["log"], saved["start_share"], saved["running"]
 
 
 def join_processes(args):
@@ -642,13 +633,13 @@ def show(axis, pixels, title, grid, **scale):
 
 
 def plot_masks(pictures, captions, grid, path):
-    """PIL images and their captions -> for each the picture, the patches that X sees, the target blocks."""
+    """Pixels [3, H, W] and captions -> for each the picture, the patches that X sees, the target blocks."""
     figure = Figure((8, round(2.8 * len(pictures), 1)), layout="constrained")  # else 839 pixels, not 840
     rows = figure.subplots(len(pictures), 3, squeeze=False)
     for draw, (picture, caption, axes) in enumerate(zip(pictures, captions, rows)):
         masks = model.sample_masks(grid, 1, seed=draw)
         for axis, title in zip(axes, (caption, "context: what X sees", "target blocks: what is predicted")):
-            show(axis, picture, title, grid)
+            show(axis, picture.permute(1, 2, 0), title, grid)
         dark = np.full(math.prod(grid), 0.85)
         dark[masks.context[0]] = 0
         axes[1].imshow(np.zeros(grid), "gray", alpha=dark.reshape(grid), extent=(0, grid[1], grid[0], 0))
@@ -661,12 +652,12 @@ def plot_masks(pictures, captions, grid, path):
 
 
 def plot_maps(net, pictures, features, titles, path):
-    """PIL images, Features and titles of two pairs of each -> the energy of each patch, the difference."""
+    """Pixels [3, H, W], Features and titles of two pairs of each -> each patch's energy, the difference."""
     maps = energy_maps(net, features).unflatten(-1, net.grid).unflatten(0, (-1, 2)).numpy()
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
     for axes, picture, pair, captions in zip(rows, pictures, maps, np.reshape(titles, (-1, 2))):
-        show(axes[0], picture, "picture", net.grid)
+        show(axes[0], picture.permute(1, 2, 0), "picture", net.grid)
         for axis, energies, caption in zip(axes[1:], pair, captions):
             show(axis, energies, caption, net.grid, vmin=0, vmax=pair.max())
         gap = pair[1] - pair[0]
