@@ -137,7 +137,7 @@ def test_sample_masks_are_disjoint_in_range_and_reach_every_patch_alike(grid):
     assert 0.95 < rows[half:].sum() / rows[:half].sum() < 1.05 and 0.9 < rows[-1] / rows[0] < 1.1
 
 
-def test_sample_masks_draws_blocks_and_a_window_of_the_papers_areas():
+def test_sample_masks_draws_rectangles_and_a_window_of_the_right_areas():
     areas, aspects, outside = [], [], []
     for seed in range(300):
         context, target = sample_masks((32, 32), 1, seed)
@@ -196,7 +196,7 @@ def test_block_equals_pytorchs_attention_with_the_same_weights():
         assert torch.allclose(block(x, *given, last=2), expected[:, -2:], atol=1e-5)
 
 
-def test_fusion_encoder_is_two_projections_blocks_on_the_caption_alone_and_a_norm(net, images):
+def test_fusion_encoder_projects_then_attends_to_the_caption_alone(net, images):
     X, (s_image, s_text, text_mask) = randomize(net.context_encoder), net.frozen(images, TEXTS)
     (a, norm_a), (b, norm_b) = X.image_proj, X.text_proj
     x, text = normed(a(s_image), norm_a), normed(b(s_text), norm_b)
