@@ -182,8 +182,8 @@ def plain_block(block, x, text=None, text_mask=None):
 
 def randomize(module):
     """All weights, biases and norms at random, so that none can stand for another."""
-    for p in module.parameters():
-        p.data.normal_(0, 0.3, generator=generator_of(5, p.numel()))
+    for number, p in enumerate(module.parameters()):
+        p.data.normal_(0, 0.3, generator=generator_of(5, number))
     return module
 
 
