@@ -152,6 +152,8 @@ def test_sample_masks_draws_rectangles_and_a_window_of_the_right_areas():
     assert 0.67 < min(aspects) < 0.80 and 1.42 < max(aspects) < 1.65
     assert abs(np.corrcoef(areas, aspects)[0, 1]) < 0.2  # I-JEPA's sampler ties them: 1.0
     assert min(outside) == 0 and 100 < max(outside) <= 1024 - 30 ** 2  # the window has 85 to 100 %
+    left = [sample_masks((7, 7), 128, 0, step).context.shape[1] for step in range(300)]
+    assert min(left) >= 7 * 7 // 10  # else the blocks are drawn again: 7 of these steps need that
 
 
 def test_sample_masks_is_a_function_of_grid_batch_seed_and_step():
