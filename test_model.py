@@ -650,6 +650,8 @@ def test_coco_is_read_and_what_cannot_be_used_is_counted(toy, tmp_path):
     assert [path.name for path, _ in items] == [f"{i:012d}.jpg" for i in range(41)]
     assert all(len(captions) == 5 for _, captions in items) and skipped == {"image not on disk": 1}
     assert data.load_coco(toy / "coco", 7) == (items[:7], skipped)
+    notes = json.loads((toy / "coco" / CAPTIONS).read_text())["annotations"]
+    assert items[7][1] == [note["caption"] for note in notes if note["image_id"] == 7]
     coco = shutil.copytree(toy / "coco", tmp_path / "coco")
     content = json.loads((coco / CAPTIONS).read_text())
     del content["images"][0]
@@ -765,7 +767,7 @@ def test_download_of_weights_goes_on_where_it_broke_off(server, tmp_path, monkey
     assert "timm/vit is in huggingface's own cache" in call(data, *options, "tiny").out
 
 
-def test_each_epoch_draws_every_image_once_with_one_caption():
+def test_epoch_order_has_every_image_once_with_one_of_its_captions():
     cache, train = SimpleNamespace(first=np.arange(0, 210, 5)), np.arange(1, 41)
     first, second, seed = (data.epoch_order(cache, train, *key) for key in ((0, 0), (0, 1), (1, 0)))
     assert np.array_equal(first, data.epoch_order(cache, train, 0, 0))
@@ -777,7 +779,7 @@ def test_each_epoch_draws_every_image_once_with_one_caption():
     assert len(drawn) == 40 * 5
 
 
-def test_held_out_images_are_not_trained_on_and_a_lost_image_moves_no_other():
+def test_hold_out_trains_on_no_held_out_image_and_a_lost_image_moves_no_other():
     rng = fresh_rng()
     items = [(Path(f"{i:012d}.jpg"), ["red"]) for i in rng.choice(10 ** 6, 100, replace=False)]
 
@@ -1003,26 +1005,48 @@ def test_label_counts_of_files_like_the_official_ones(tmp_path, cases, counts, r
     assert [found.count("text and image of opposite polarity"), found.count("no majority")] == reasons
 
 
-def test_splits_are_whole_and_keep_what_they_promise():
-    rng = np.random.default_rng(0)
-    labels, groups = rng.choice(3, 1000, p=[0.6, 0.1, 0.3]), np.arange(1000)
-    groups[500:600] = np.repeat(np.arange(20), 5)  # and posts 0-19 with them
-    grouped = [data.stratified_split(labels, seed, groups) for seed in (0, 1)]
-    stratified = [data.stratified_split(labels, seed) for seed in (0, 1)]
-    upsampled = [data.random_split(labels, seed) for seed in (0, 1)]
-    drawn = [(np.unique(train), *rest) for train, *rest in upsampled]
-    for parts, other in (grouped, stratified, drawn):
-        assert sorted(np.concatenate(parts)) == list(range(1000)) and not np.array_equal(parts[2], other[2])
-    assert [len(part) for part in stratified[0]] == [len(part) for part in drawn[0]] == [800, 100, 100]
-    assert [round(len(part) / 100) for part in grouped[0]] == [8, 1, 1]
-    assert sum(len(set(groups[part])) for part in grouped[0]) == len(set(groups))
-    for parts, most in ((grouped[0], 0.03), (stratified[0], 0.01)):
-        shares = [np.bincount(labels[part]) / len(part) for part in parts]
-        assert np.allclose(shares, np.bincount(labels) / 1000, atol=most)
-    counts = [np.bincount(labels[train]) for train in (drawn[0][0], upsampled[0][0])]
-    assert list(counts[1]) == 3 * [counts[0].max()]
+def test_merge_labels_lets_neutral_give_way_and_drops_opposites():
+    assert data.LABELS == ("positive", "neutral", "negative")  # 0, 1, 2 of CLMLF's files
+    expected = {P + P: P, P + U: P, U + P: P, U + U: U, U + N: N, N + U: N, N + N: N, P + N: None, N + P: None}
+    assert {a + b: data.merge_labels(a, b) for a in data.LABELS for b in data.LABELS} == expected
+
+
+LABELLED = np.random.default_rng(0).choice(3, 505, p=[0.6, 0.1, 0.3])
+
+
+def split_by_seed(split, *given):
+    """The parts of seed 0: each post is in one of them, always the same one; not so with another seed."""
+    parts, again, other = (split(LABELLED, seed, *given) for seed in (0, 0, 1))
+    assert sorted(np.concatenate([np.unique(part) for part in parts])) == list(range(505))
+    assert all(map(np.array_equal, parts, again)) and not any(map(np.array_equal, parts, other))
+    return parts
+
+
+def test_stratified_split_is_8_1_1_with_the_classes_of_the_whole():
+    parts = split_by_seed(data.stratified_split)
+    assert [len(part) for part in parts] == [404, 50, 51]
+    for part in parts:
+        assert np.allclose(np.bincount(LABELLED[part]) / len(part), np.bincount(LABELLED) / 505, atol=0.02)
     with pytest.raises(UserError, match="cannot split"):
         data.stratified_split(np.array([0, 0, 0, 1]), seed=0)
+
+
+def test_grouped_split_keeps_groups_whole():
+    groups = np.arange(505)
+    groups[250:300] = np.repeat(np.arange(10), 5)  # and posts 0-9 with them
+    parts = split_by_seed(data.stratified_split, groups)
+    assert [round(len(part) / 50) for part in parts] == [8, 1, 1]
+    assert sum(len(set(groups[part])) for part in parts) == len(set(groups))
+    for part in parts:
+        assert np.allclose(np.bincount(LABELLED[part]) / len(part), np.bincount(LABELLED) / 505, atol=0.05)
+
+
+def test_random_split_repeats_training_posts_until_the_classes_are_equal():
+    train, *rest = split_by_seed(data.random_split)
+    counts = np.bincount(LABELLED[np.unique(train)])
+    assert counts.sum() == 405 and [len(part) for part in rest] == [50, 50]
+    assert list(np.bincount(LABELLED[train])) == 3 * [counts.max()]
+    assert np.bincount(train).max() < 30  # the rarest class comes six times, not one post of it 200 times
 
 
 def write_split(folder, *parts):
@@ -1033,7 +1057,7 @@ def write_split(folder, *parts):
         (folder / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_published_split(tmp_path):
+def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
     posts = [data.Post("single", str(i), Path(), "", i % 3) for i in range(30)]
     entries = [(str(i), i % 3) for i in range(28)] + [("999", 0)]
     home, multi = (tmp_path / f"MVSA-{name}" / "10-flod-1" for name in ("single", "multiple"))
@@ -1052,7 +1076,7 @@ def test_published_split(tmp_path):
             data.clmlf_split(folder, strange)
 
 
-def test_repeated_posts_are_one_group(tmp_path):
+def test_duplicate_groups_join_posts_of_the_same_words_or_image(tmp_path):
     texts = ["Good day! http://t.co/x", "RT @someone: good DAY", "good night", "something", "http://t.co/a",
              "@you http://t.co/b", "a chain", "else", "one", "one", "two"]
     posts = []
@@ -1202,14 +1226,38 @@ def test_pretrains_help_tells_each_option_and_its_default():
     assert "per optimiser step (default: 600)" in said  # of the preset that was named
 
 
+def bench(*options):
+    """--bench of the toy, 9 batches of 8 images an epoch without the held-out -> its figures by name."""
+    sizes = ["--batch_size", 8, "--epochs", 3, "--max_images", 80, "--held_out", 8, "--posts", 70]
+    done = call(pretrain, "--bench", "--accumulate", 2, *sizes, "--device", "cpu", *options)
+    return {line[:44].strip(): float(line[44:]) for line in done.out.splitlines()}
+
+
+def test_bench_adds_up_a_step_of_its_parts_by_hand(monkeypatch):
+    """Masks, forward and backward once a micro-batch, optimiser and EMA once a step."""
+    took = {"masks": 0.001, "forward": 0.002, "backward": 0.003, "optimiser": 0.004, "EMA": 0.005,
+            **dict.fromkeys(("encode", "pool", "tune", "probe"), 0.032)}
+    timed = Mock(return_value=(took, 2.0, 6.0))  # GFLOP of one image in f_I, and in the trained half
+    monkeypatch.setattr(pretrain, "time_parts", timed)
+    monkeypatch.setattr(pretrain, "PEAK_TFLOPS", {"": 10})  # of a device without a name
+    for accumulate, B, step in ((1, 8, 0.015), (4, 2, 4 * 0.006 + 0.009)):
+        figures = bench("--accumulate", accumulate)
+        assert timed.call_args.args[2] == B
+        by_hand = {**{f"{part}, ms for {B} images": 1000 * took[part] for part in pretrain.STEP},
+                   f"step of 8 images, --accumulate {accumulate}, ms": 1000 * step,
+                   "training, images/s": 8 / step, "encode by f_I, images/s": 1000,
+                   "MFU on , %": 100 * (8 * 6e9 / step) / 10e12, "what the cache saves, by FLOPs": 8 / 6,
+                   "minutes to pretrain, 27 steps": 27 * step / 60,
+                   # f_T's 0.2 million weights, 24 tokens a caption, 5 captions, at f_I's 2 GFLOP in 1 ms
+                   "minutes to encode 80 pairs": 80 * (0.001 + 5 * 0.001 * 2 * 0.2e6 * 24 / 2e9) / 60}
+        assert {name: figures[name] for name in by_hand} == pytest.approx(by_hand, rel=1e-3)
+
+
 def test_bench_prints_its_figures_and_needs_no_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrain.time_parts, "__defaults__", (4, 60))  # rounds, seconds
-    done = call(pretrain, "--bench", "--batch_size", 8, "--accumulate", 2, "--epochs", 3, "--max_images", 80,
-                "--held_out", 8, "--posts", 70, "--device", "cpu")
-    assert not list(tmp_path.iterdir())
-    figures = {line[:44].strip(): float(line[44:]) for line in done.out.splitlines()}
-    assert len(figures) == 22 and min(figures.values()) > 0
+    figures = bench()
+    assert not list(tmp_path.iterdir()) and len(figures) == 22 and min(figures.values()) > 0
     step = "step of 8 images, --accumulate 2, ms"
     ms, rates = figures[step], figures["encode by f_I, images/s"]
     assert figures["minutes to pretrain, 27 steps"] == pytest.approx(27 * ms / 60000, rel=1e-2)  # 8 held out
@@ -1648,6 +1696,8 @@ def judge_mvsa(root, *options, code=0):
 @pytest.fixture(scope="module")
 def single(toy, pretrained):
     net, _ = model.TIJEPA.from_checkpoint(pretrained.checkpoint)
+    for p in net.target_encoder.parameters():  # X~ must not be X, or a mix-up of the two would pass
+        p.add_(0.05 * torch.randn(p.shape, generator=generator_of(3)))
     posts, _ = data.load_mvsa(toy / "mvsa" / "MVSA_Single")
     cache = data.FeatureCache(MVSA_CACHE, [(post.image, [post.text]) for post in posts], net, 1)
     features = finetune_mvsa.extract_features(net, cache, [0])
@@ -1733,6 +1783,9 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, pre
     assert scaled == [False, precision == "float16"]
     expected = finetune_mvsa.probabilities_of(probe, single.features[PRETRAINED][split[0]])
     assert np.allclose(found[0], expected, atol=1e-4)
+    said = [one[range(len(one)), single.y[split[0]]].mean() for one in found]  # of the true labels
+    print("XX", said)
+    assert said[1] > said[0] + 0.1
     assert abs(found[1] - found[0]).mean() > 0.1  # what is learnt is much more than the precisions differ by
     assert abs(found[3] - found[1]).mean() < 0.01 and (precision == "float32") == np.array_equal(*found[::2])
     assert missing < 0 or max(one[:, missing].max() for one in (expected, *found)) < 1e-9
@@ -1747,27 +1800,96 @@ def test_the_best_epoch_on_validation_is_kept(single, monkeypatch, losses, kept)
     left = 6 * losses[:1] + losses[1:]  # the probe's is of one of the six in the grid
     monkeypatch.setattr(finetune_mvsa, "BATCH", 99)  # an epoch is one step, which adds 1 to the head's bias
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda one: one.param_groups[0]["params"][-1].data.add_(1))
-    monkeypatch.setattr(finetune_mvsa, "validate", lambda *rest: {"validation": 0, "loss": left.pop(0)})
+    (train, validation, _), gather, steps = single.split, model.gather, []
+
+    def validate(probabilities, y):
+        assert len(probabilities) == len(y) and np.array_equal(y, single.y[validation])
+        return {"validation": 0, "loss": left.pop(0)}
+
+    def note(s_image, drawn):
+        steps.append((s_image[:, 0, 0].tolist(), drawn.tolist()))
+        return gather(s_image, drawn)
+
+    monkeypatch.setattr(finetune_mvsa, "validate", validate)
+    monkeypatch.setattr(model, "gather", note)
     tuned, choice, start, _ = tune(single, 4, single.split)
     assert (choice["lr"], choice["epoch"], choice["loss"]) == kept and not left
     assert torch.allclose(tuned.head.bias, start.head.bias + kept[1])
+    posts = single.cache.rows("image.f16", single.cache.readable[train])[:, 0, 0].tolist()
+    for order, drawn in steps:  # the posts to train on, each with 9 of its 36 patches
+        assert sorted(order) == sorted(posts) and {len(set(patches)) for patches in drawn} == {9}
+    if kept[1] > 1:  # of one learning rate, two epochs at least: others, in another order
+        (order, drawn), (other, others) = steps[:2]
+        assert order != other and len({tuple(patches) for patches in drawn + others}) > 90
+        assert set(sum(drawn, [])) == set(range(36))
 
 
-def test_rows_without_a_modality_or_without_training_are_that(single):
-    one, other = single.posts[:2]
-    posts = [one, other, replace(one, image=other.image), replace(one, text=other.text)]
-    cache = data.FeatureCache(MVSA_CACHE, [(post.image, [post.text]) for post in posts], single.net, 1)
-    features = finetune_mvsa.extract_features(single.net, cache, [])
-    for row, same in ((finetune_mvsa.NO_IMAGE, [False, True, False]),
-                      (finetune_mvsa.NO_TEXT, [False, False, True]), (PRETRAINED, [False, False, False])):
-        gaps = [abs(features[row][0] - found).max() for found in features[row][1:]]
-        assert [gap < 1e-5 for gap in gaps] == [gap < 1e-3 for gap in gaps] == same
-    fresh = [finetune_mvsa.untrained(single.net, seed).blocks[0].attention.q.weight for seed in (0, 0, 1)]
-    assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
-    assert not torch.equal(fresh[0], single.net.target_encoder.blocks[0].attention.q.weight)
+def test_each_row_has_the_features_that_it_is_named_after(single):
+    net, transform = single.net, data.image_transform(single.net.image_encoder.data_config)
+    posts = [replace(post, text=" ".join(post.text.split()[:length]))  # of other lengths: some is padded
+             for post, length in zip(single.posts, (8, 1, 3))]
+    cache = data.FeatureCache(MVSA_CACHE, [(post.image, [post.text]) for post in posts], net, 1)
+    found = finetune_mvsa.extract_features(net, cache, [0, 5])
+    fresh = {seed: finetune_mvsa.untrained(net, seed) for seed in (0, 5)}
+    torch.manual_seed(0)  # the start of a run of seed 0
+    start = model.TIJEPA(net.config, (net.image_encoder, net.text_encoder)).context_encoder
+    weights = [encoder.blocks[0].attention.q.weight
+               for encoder in (*fresh.values(), start, net.context_encoder, net.target_encoder)]
+    assert len({tuple(weight.flatten().tolist()) for weight in weights}) == 5
+    assert torch.equal(weights[0], finetune_mvsa.untrained(net, 0).blocks[0].attention.q.weight)
+    for n, post in enumerate(posts):
+        s_image, *text = net.frozen(transform(data.read_image(post.image))[None], [post.text])
+        no_image, *no_text = net.frozen(torch.zeros(1, 3, 48, 48), [""])  # the mean colour; no words
+        by_hand = {(finetune_mvsa.UNTRAINED, seed): fresh[seed](s_image, *text) for seed in fresh}
+        by_hand |= {PRETRAINED: net.target_encoder(s_image, *text),
+                    finetune_mvsa.ONLINE: net.context_encoder(s_image, *text),
+                    finetune_mvsa.NO_IMAGE: net.target_encoder(no_image, *text),
+                    finetune_mvsa.NO_TEXT: net.target_encoder(s_image, *no_text),
+                    finetune_mvsa.TEXT: text[0], finetune_mvsa.IMAGE: s_image}  # [1, tokens, dimensions]
+        by_hand = {row: tokens[0].mean(0).detach().numpy() for row, tokens in by_hand.items()}
+        both = np.concatenate([by_hand[finetune_mvsa.TEXT], by_hand[finetune_mvsa.IMAGE]])
+        by_hand |= {finetune_mvsa.CONCAT: both,
+                    finetune_mvsa.BOTH: np.concatenate([by_hand[PRETRAINED], both])}
+        assert found.keys() == by_hand.keys()
+        for row, features in by_hand.items():  # the rows' differ by 1 and more, float16's by 0.003
+            assert found[row][n] == pytest.approx(features, abs=0.02), row
 
 
-def test_bootstrap_by_hand():
+def test_each_row_is_learnt_from_its_own_features_and_encoder(single, monkeypatch):
+    """A probe is here the number of its row, and says it of each post, with that of the post's features."""
+    net, keys = single.net, [*single.features, (finetune_mvsa.UNTRAINED, 5)]
+    features = {key: np.full((60, 1), number) for number, key in enumerate(keys)}
+    y, split = np.array(40 * [0] + 20 * [2]), (np.arange(15, 60), np.arange(5), np.arange(5, 15))
+    y[15:30] = 1  # of the 45 training posts, 20 are negative; of all posts, fewer than are positive
+    fit = Mock(side_effect=lambda x, *rest: (x[0, 0], {"probe": x[0, 0]}))
+    tune = Mock(side_effect=lambda net, encoder, *rest: (model.hash_weights(encoder), {"tuned": rest[1]}))
+    monkeypatch.setattr(finetune_mvsa, "fit_probe", fit)
+    monkeypatch.setattr(finetune_mvsa, "finetune", tune)
+    monkeypatch.setattr(finetune_mvsa, "probabilities_of", lambda head, x: np.append(x[:, 0], head))
+    monkeypatch.setattr(finetune_mvsa, "predict", lambda encoder, cache, part: np.array([encoder, *part]))
+    probes, args = {}, finetune_mvsa.parse_args(["--finetune_epochs", "7"])
+    for seed in (0, 5):
+        given = net, None, features, y, split, seed, probes, Counter(), args
+        found = finetune_mvsa.predict_rows(*given)
+        expected, choices = {finetune_mvsa.MAJORITY: 10 * [[0, 0, 1]]}, {}
+        for row in ROWS[1:]:
+            start = row.removesuffix(finetune_mvsa.FINE_TUNED)
+            number = keys.index((start, seed) if start == finetune_mvsa.UNTRAINED else start)
+            expected[row], choices[row] = 11 * [number], {"probe": number}
+            if row != start:
+                encoder = {PRETRAINED: net.target_encoder, finetune_mvsa.ONLINE: net.context_encoder}.get(
+                    start, finetune_mvsa.untrained(net, seed))
+                expected[row] = [model.hash_weights(encoder), *map(str, range(5, 15))]
+                choices[row] = {"tuned": {"probe": number}}
+        assert found == {"probabilities": expected, "choices": choices}
+        assert tune.call_args.args[-2:] == (7, seed)
+    assert fit.call_count == 10  # both seeds share the probes, but for the untrained encoder's
+    for mode, rows in finetune_mvsa.ROWS.items():
+        args.mode = [mode]
+        assert tuple(finetune_mvsa.predict_rows(*given)["probabilities"]) == rows
+
+
+def test_bootstrap_resamples_posts_by_hand():
     each = np.tile(np.arange(200), 2)  # two seeds
     new, old = each % 4 != 0, each % 2 == 0
     difference, low, high = finetune_mvsa.bootstrap(new * 1.0 - old, each)
@@ -1800,8 +1922,10 @@ def recompute(folder, ending=""):
                     f1 = 100 * expected[f"{average} avg"]["f1-score"]
                     assert scores[f"{average} F1"][n] == pytest.approx(f1)
                 for name in data.LABELS:
-                    recall = 100 * expected[name]["recall"] if name in expected else 0
-                    assert scores["classes"][name]["recall"][n] == pytest.approx(recall)
+                    measures = {key: values[n] for key, values in scores["classes"][name].items()}
+                    by_hand = expected.get(name, Counter())
+                    assert measures == pytest.approx({"precision": 100 * by_hand["precision"],
+                        "recall": 100 * by_hand["recall"], "F1": 100 * by_hand["f1-score"]})
                 confusion += confusion_matrix(y, p, labels=data.LABELS)
             assert scores["confusion"] == confusion.tolist() and confusion.sum() == sum(sizes) > 0
         for name, (difference, low, high) in found["differences"].items():
@@ -1843,12 +1967,50 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, protocol):
     table = (tmp_path / f"results{ending}.md").read_text()
     assert set(results["versions"]) == {"python", "torch", "timm", "transformers", "sklearn", "numpy"}
     assert len(results["code"].rstrip("+")) == 40 or results["code"] == "none"
-    mean = np.mean(sets["multi"]["scores"][PRETRAINED]["weighted F1"])
-    assert f"{mean:.2f} ±" in table and table in done.out and "not the paper's" in table
-    assert all(table.count(f"| {row} |") == 2 for row in rows) and table.count("*reported*") == 2
+    assert table in done.out and "not the paper's" in table and f"features: {MVSA_CACHE}/" in done.out
+    parts = re.split("## MVSA-(?:Single|Multi)\n", table)[1:]
+    for found, part, reported in zip(sets.values(), parts, ("76.75 | 74.62", "77.55 | 75.02"), strict=True):
+        shown = [["features", "accuracy", "weighted F1", "macro F1"]]
+        for row, scores in found["scores"].items():
+            figures = [scores[name] for name in shown[0][1:]]
+            shown.append([row, *(f"{np.mean(ones):.2f} ± {np.std(ones, ddof=1):.2f}" for ones in figures)])
+        shown += [[name, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}"]
+                  for name, (gain, low, high) in found["differences"].items()]
+        shown.append(["true \\ predicted", *data.LABELS, "precision", "recall", "F1"])
+        for label, counts in zip(data.LABELS, scores["confusion"]):  # of the last row
+            means = [f"{np.mean(scores['classes'][label][name]):.1f}" for name in shown[-1 - data.LABELS.index(label)][4:]]
+            shown.append([label, *map(str, counts), *means])
+        assert all(part.count(f"| {' | '.join(cells)} |\n") == 1 for cells in shown)
+        assert f"not measured here | {reported} | – |" in part
     assert Image.open(tmp_path / f"confusion{ending}.png").size == (800, 360)
     with data.locked(tmp_path):
         assert f"another run writes to {tmp_path}" in judge_mvsa(pretrained.out, *options, code=2).err
+
+
+def test_scores_of_a_pool_are_those_of_each_sets_own_posts(toy, pretrained, tmp_path, monkeypatch):
+    """One row is always right, the other never."""
+    def predict(net, cache, features, y, split, *rest):
+        right = np.eye(3)[y[split[2]]]
+        rows = {PRETRAINED: right, finetune_mvsa.CONCAT: np.roll(right, 1, axis=1)}
+        return {"probabilities": {row: values.tolist() for row, values in rows.items()}, "choices": {}}
+
+    monkeypatch.setattr(finetune_mvsa, "predict_rows", predict)
+    monkeypatch.setattr(finetune_mvsa, "extract_features", lambda *given: {})
+    judge_mvsa(pretrained.out, "--mvsa", toy / "mvsa", "--out", tmp_path, "--protocol", "authors")
+    sets, lines = recompute(tmp_path, "_authors")
+    for found in sets.values():
+        assert [found["scores"][row]["accuracy"] for row in found["scores"]] == [[100, 100], [0, 0]]
+        assert found["differences"] == {f"{PRETRAINED} minus {finetune_mvsa.CONCAT}": [100, 100, 100]}
+    assert len(lines) == 2 * 2 * 18 and {line["set"] for line in lines} == {"single", "multi"}
+
+
+def test_the_encoders_and_the_device_are_those_that_the_options_name(toy, monkeypatch):
+    asked = Mock(side_effect=UserError("not there"))
+    monkeypatch.setattr(model.TIJEPA, "from_checkpoint", asked)
+    options = ["--mvsa", toy / "mvsa", "--checkpoint", "a", "--image_weights", "b", "--text_encoder", "c"]
+    call(finetune_mvsa, *options, code=2)
+    asked.assert_called_once_with("a", "b", "c")
+    assert "--device gpu cannot be had" in call(finetune_mvsa, *options, "--device", "gpu", code=2).err
 
 
 @pytest.fixture(scope="module")
@@ -1884,7 +2046,9 @@ def relabel(root):
 
 KEPT = "out/predictions/standard-single-{}.json".format
 BETWEEN = {  # what changes between two runs: (how, options of the second, seeds that they compute again)
-    "a text": (lambda root: (root / "mvsa/data/2.txt").write_text("olive bars"), "", [0, 1]),
+    "--finetune_epochs": (lambda root: None, "--finetune_epochs 2", [0, 1]),
+    "--mode": (lambda root: None, "--mode finetune", [0, 1]),
+    "--dtype": (lambda root: None, "--dtype bfloat16", [0, 1]),
     "a picture": (lambda root: shutil.copy(root / "mvsa/data/7.jpg", root / "mvsa/data/2.jpg"), "", [0, 1]),
     "a tested label": (relabel, "", [0, 1]),
     "the checkpoint": (lambda root: spoil(
