@@ -1926,8 +1926,9 @@ def recompute(folder, ending=""):
                     assert scores[f"{average} F1"][n] == pytest.approx(f1)
                 for name in data.LABELS:
                     by_hand = expected.get(name, Counter())  # Counter: 0 for a class that is not there
-                    for ours, theirs in (("precision", "precision"), ("recall", "recall"), ("F1", "f1-score")):
-                        assert scores["classes"][name][ours][n] == pytest.approx(100 * by_hand[theirs])
+                    for key in ("precision", "recall", "f1-score"):
+                        figures = scores["classes"][name][key.replace("f1-score", "F1")]
+                        assert figures[n] == pytest.approx(100 * by_hand[key])
                 confusion += confusion_matrix(y, p, labels=data.LABELS)
             assert scores["confusion"] == confusion.tolist() and confusion.sum() == sum(sizes) > 0
         for name, (difference, low, high) in found["differences"].items():
