@@ -37,7 +37,6 @@ with every held-out caption over several masks, eval.json (what is not named her
 import argparse
 import atexit
 import io
-import itertools
 import json
 import math
 import os
@@ -46,7 +45,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -78,8 +77,8 @@ PRESETS = {
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
 # Options and parts of Config that --resume may find changed: of no effect, or compared by their contents
-FREE = {"out", "coco", "device", "workers", "cache", "accumulate", "compile", "resume", "bench", "eval",
-        "eval_masks", "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
+FREE = {"out", "coco", "device", "workers", "cache", "accumulate", "resume", "bench", "eval", "eval_masks",
+        "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
 
 
 def parse_args(argv=None):
@@ -88,15 +87,15 @@ def parse_args(argv=None):
     first.add_argument("--preset", choices=PRESETS, default="toy", help="architecture, training defaults")
     preset = first.parse_known_args(argv)[0].preset
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     parents=[first], epilog=f"Defaults shown: preset {preset}.",
+                                     parents=[first], epilog=f"Defaults shown: preset {preset}. With --eval, "
+                                     "what is empty is as in the checkpoint.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, config, number = parser.add_argument, model.PRESETS[preset], data.number
-    add("--coco", default="", help="folder of COCO 2017 (empty: data/coco, with --eval as in training)")
-    add("--out", default="", help=f"folder to write to (empty: out/{preset}, with --eval the checkpoint's)")
+    add("--coco", default="", help="folder of COCO 2017 (empty: data/coco)")
+    add("--out", default="", help=f"folder to write to (empty: out/{preset})")
     add("--image_encoder", default=config.image_encoder, help="timm name of f_I")
-    add("--image_weights", default="", help="weight file of f_I (empty: timm's, with --eval as in training)")
-    add("--text_encoder", default="",
-        help=f"name or folder of f_T (empty: {config.text_encoder}, with --eval as in training)")
+    add("--image_weights", default="", help="weight file of f_I (empty: timm's own)")
+    add("--text_encoder", default="", help=f"f_T by name or folder (empty: {config.text_encoder})")
     add("--loss", choices=("mse", "smooth_l1"), default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens or f_I's")
     add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
@@ -115,7 +114,6 @@ def parse_args(argv=None):
     add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
     add("--workers", **number(int, 1), default=2, help="threads that read and decode images")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
-    add("--compile", action="store_true", help="torch.compile the trained half (for CUDA)")
     add("--log_every", **number(int, 1), help="steps between log lines; the first past an epoch's end saves")
     add("--resume", action="store_true", help="resume from OUT/checkpoint.pt if it is there")
     add("--bench", action="store_true", help="measure how long the preset takes, without data or download")
@@ -131,11 +129,9 @@ def parse_args(argv=None):
     return args
 
 
-# ---- The schedules: functions of the step, from 0 to total - 1 --------------------------------------------
-
-
+# The schedules: functions of the step, from 0 to total - 1
 def linear(step, total, start, final):
-    """From `start` at step 0 to `final` at the last step, in a straight line."""
+    """A straight line from `start` at step 0 to `final` at the last step."""
     return start + (final - start) * step / max(1, total - 1)
 
 
@@ -151,9 +147,6 @@ def warmup_cosine(step, total, warmup, start, peak, final):
     return cosine(step - warmup, total - warmup, peak, final)
 
 
-# ---- The loop ----------------------------------------------------------------------------------------------
-
-
 def main(args):
     """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it."""
     # -- processes: with torchrun, this one trains on its share of each batch
@@ -165,9 +158,7 @@ def main(args):
     items, skipped = data.load_coco(coco, args.max_images)  # before the encoders: they may be a long download
     torch.manual_seed(args.seed)
     net = model.TIJEPA(make_config(args, items)).place(device, args.dtype)
-    seconds = Counter()
-    with data.timed(seconds, "encode the pairs"):
-        cache = data.FeatureCache(args.cache, items, net, args.workers)
+    cache = data.FeatureCache(args.cache, items, net, args.workers)
     train_images, held_out = data.hold_out(cache, args.held_out)
     skipped["unreadable image"] = len(cache.unreadable)
     steps_per_epoch = len(train_images) // args.batch_size  # what is left of an epoch fills no batch
@@ -175,20 +166,11 @@ def main(args):
     if not steps:
         raise UserError(f"--batch_size {args.batch_size} is above the {len(train_images)} images to train on")
 
-    def pairs_of(step):
-        """Indices (images, captions) of each micro-batch: a pure function, so resuming needs no state."""
-        images, captions = data.epoch_order(cache, train_images, args.seed, step // steps_per_epoch)
-        if args.shuffle_captions:
-            captions = np.roll(captions, 1)
-        first = step % steps_per_epoch * args.batch_size
-        return [(images[first:][part], captions[first:][part]) for part in micro_batches]
-
     # -- optimiser, and the identity of the run
     optimizer = build_optimizer(net)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=net.dtype == torch.float16)
-    forward = torch.compile(net, dynamic=True) if args.compile else net  # masks, captions differ in length
-    forward = DistributedDataParallel(forward, broadcast_buffers=False) if world_size > 1 else forward
+    forward = DistributedDataParallel(net, broadcast_buffers=False) if world_size > 1 else net
     constant = {"config": asdict(net.config), "encoders": cache.encoders, "skipped": dict(+skipped),
                 "identity": run_identity(args, net, items, cache), "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
@@ -203,26 +185,29 @@ def main(args):
     if path.exists() and not args.resume:
         print(f"pretrain: starts from the beginning and replaces {path}; --resume would continue it")
     elif path.exists():
-        first_step, log, start_share, running = resume(path, constant, net, optimizer, scaler, seconds)
+        with model.checkpoint_errors(path):
+            saved = model.read_checkpoint(path)
+            if differs := model.differences(saved["identity"], constant["identity"]):
+                raise UserError(f"{path} is of another run: {differs}; give the same, or another --out")
+            net.load_trained_state(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+        first_step, log, start_share = saved["step"], saved["log"], saved["start_share"]
+        running = saved["running"]
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
     running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
-    def save(step):
-        """Write all that the rest of the run depends on: its data and masks are functions of the step."""
-        total = all_reduce(running)
-        if rank == 0:
-            file = io.BytesIO()
-            torch.save({**constant, "step": step, "start_share": start_share, "running": total,
-                        "seconds": {**seconds, "pretrain": seconds["pretrain"] + time.time() - began},
-                        "model": {name: getattr(net, name).state_dict() for name in model.TRAINED},
-                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "log": log}, file)
-            data.atomic_write(path, file.getbuffer())
-            write_log(path, log)
+    def draws():
+        """Indices (images, captions) of each micro-batch: functions of the step, so resuming is exact."""
+        for step in range(first_step, steps):
+            images, captions = data.epoch_order(cache, train_images, args.seed, step // steps_per_epoch)
+            if args.shuffle_captions:
+                captions = np.roll(captions, 1)
+            first = step % steps_per_epoch * args.batch_size
+            yield from ((images[first:][part], captions[first:][part]) for part in micro_batches)
 
-    began = line_time = time.time()
-    waited = Counter()
-    order = (pairs for step in range(first_step, steps) for pairs in pairs_of(step))
-    batches = cache.batches(order)  # lazy: the next is read while this one is trained on
+    batches = cache.batches(draws())  # lazy: the next is read while this one is trained on
+    line_time, waited = time.time(), 0.0  # of the last log line; seconds without features since then
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             # -- schedules and masks of this step
@@ -235,8 +220,9 @@ def main(args):
 
             # -- forward and backward, micro-batch by micro-batch
             for part in micro_batches:
-                with data.timed(waited, "data"):
-                    features = next(batches)  # of B pairs, one micro-batch
+                start = time.time()
+                features = next(batches)  # of B pairs, one micro-batch
+                waited += time.time() - start
                 forward.require_backward_grad_sync = part == micro_batches[-1]  # DDP: averages once a step
                 out = forward(features, model.Masks(*(index[part] for index in masks)))
                 loss = out.energy.mean()
@@ -273,14 +259,21 @@ def main(args):
                 line = dict(step=done, epoch=done / steps_per_epoch, loss=loss_sum / (done - last), lr=lr,
                             wd=wd, momentum=momentum, start_share=start_share, grad_norm=grad_norm.item(),
                             skipped_steps=round(overflows), images_per_s=here * args.batch_size / elapsed,
-                            data_wait=waited["data"] / elapsed, **metrics)
+                            data_wait=waited / elapsed, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
                 running[0] = 0
-                line_time = time.time()
-                waited.clear()
+                line_time, waited = time.time(), 0.0
             if stop or done // steps_per_epoch > last // steps_per_epoch:
-                save(done)
+                # All that the rest depends on: pairs, schedules and masks are functions of the step
+                state = {**constant, "step": done, "start_share": start_share, "running": all_reduce(running),
+                         "model": {name: getattr(net, name).state_dict() for name in model.TRAINED},
+                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "log": log}
+                if rank == 0:
+                    file = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
+                    torch.save(state, file)
+                    data.atomic_write(path, file.getbuffer())
+                    write_log(path, log)
             if stop and done < steps:
                 print(f"pretrain: stopped after step {done} of {steps}; --resume continues from there")
                 return 128 + stop
@@ -289,14 +282,12 @@ def main(args):
         plot_curves(log, path.with_name("curves.png"))
         print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
         if start_share > 0.05:
-            print(f"warning: {start_share:.0%} of X~ is still its random start: its features are worth "
-                  "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
+            print(f"warning: {start_share:.0%} of X~ is still its random start: raise --epochs or lower "
+                  "--momentum", file=sys.stderr)
     return 0
 
 
 # ---- Does the energy mean anything? Held-out pairs, matched and mismatched ---------------------------------
-
-
 def wins(own, other):
     """Energies -> 1 where the own caption's is the lower, 0 where the other's is, 0.5 for a tie."""
     return torch.heaviside(other - own, own.new_tensor(0.5))
@@ -328,14 +319,15 @@ def energy_matrix(net, features, draws):
 
 def energy_maps(net, features, least=8):
     """Features of B pairs -> [B, N]: each patch's mean energy, of the masks that hide it, `least` or more."""
-    total, count = torch.zeros(features.s_image.shape[:2]), torch.zeros(features.s_image.shape[1])
-    for draw in tqdm(itertools.count(), desc="masks for maps.png"):
+    B, N = features.s_image.shape[:2]
+    total, count, draw = torch.zeros(B, N), torch.zeros(N), 0
+    while count.min() < least:
         hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]
         energies = net.measure(features, draw).patch_energy.flatten(1)  # [B, M * P]
         total.index_add_(1, hidden, energies.float().cpu())
-        count += torch.bincount(hidden, minlength=len(count))
-        if count.min() >= least:
-            return total / count
+        count += torch.bincount(hidden, minlength=N)
+        draw += 1
+    return total / count
 
 
 def retrieval_metrics(energies):
@@ -375,15 +367,14 @@ def evaluate(args):
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
     plot_energies(energies, folder / "energies.png")
-    first = [items[i] for i in cache.readable[:4]]
-    pictures, captions = zip(*[(data.read_image(path, net.image_encoder), texts[0]) for path, texts in first])
+    paths, texts = zip(*[items[i] for i in cache.readable[:4]])
+    pictures, captions = [data.read_image(path, net.image_encoder) for path in paths], [t[0] for t in texts]
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
-    image = [i for i in range(len(pictures)) for _ in range(2)]  # 0 0 1 1 ...
-    text = [i - n for i in range(len(pictures)) for n in range(2)]  # 0 -1 1 0 ...: its own caption, another's
-    chosen = features.pair(slice(len(pictures)), slice(len(pictures))).pair(image, text)
-    plot_maps(net, pictures, chosen, [captions[i] for i in text], folder / "maps.png")
-    # The last file: when it is there, all are.
-    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
+    n = len(pictures)
+    images = [i for i in range(n) for _ in (0, 1)]
+    texts = [(i - other) % n for i in range(n) for other in (0, 1)]  # each picture's own caption, another's
+    plot_maps(net, pictures, features.pair(images, texts), [captions[i] for i in texts], folder / "maps.png")
+    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})  # the last file
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
@@ -400,8 +391,6 @@ def rank_captions(args, net):
 
 
 # ---- A run: its model, its identity, its processes, its end ------------------------------------------------
-
-
 def make_config(args, items):
     """The model's Config by the arguments. Only the toy text encoder needs the captions: for their words."""
     preset, words = model.PRESETS[args.preset], set()
@@ -434,20 +423,6 @@ def run_identity(args, net, items, cache):
     config = {name: value for name, value in asdict(net.config).items() if name not in {*FREE, *vars(args)}}
     pairs = [(path.name, digest) for (path, _), digest in zip(items, cache.digests)]  # with captions
     return {**config, **options, "--dtype": str(net.dtype), **cache.encoders, "data": data.digest(pairs)}
-
-
-def resume(path, constant, net, optimizer, scaler, seconds):
-    """Load the run that `path` is of -> (step, log, start_share, running). UserError names what differs."""
-    saved = model.read_checkpoint(path)
-    with model.checkpoint_errors(path):
-        differs = model.differences(saved["identity"], constant["identity"])
-        if differs:
-            raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
-        net.load_trained_state(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-    seconds.update(saved["seconds"])  # a Counter: adds
-    return saved["step"], saved["log"], saved["start_share"], saved["running"]
 
 
 def join_processes(args):
@@ -511,10 +486,9 @@ def time_parts(args, net, rounds=50, limit=20):
     GFLOP of one image in f_I, in the trained half both ways)."""
     B, N, device = args.batch_size // args.accumulate, math.prod(net.grid), net.device
     optimizer, times = build_optimizer(net), defaultdict(list)
-    forward = torch.compile(net, dynamic=True) if args.compile else net
     images = torch.zeros(data.ENCODE_BATCH, 3, *net.image_encoder.input_size, dtype=torch.uint8)
-    s_image, s_text = (torch.randn(B, n, encoder.dim).to(device, net.dtype) for n, encoder in
-                       ((N, net.image_encoder), (TOKENS, net.text_encoder)))
+    s_image = torch.randn(B, N, net.image_encoder.dim).to(device, net.dtype)
+    s_text = torch.randn(B, TOKENS, net.text_encoder.dim).to(device, net.dtype)
     features = model.Features(s_image, s_text, torch.ones(B, TOKENS, dtype=torch.bool, device=device))
 
     @contextmanager
@@ -531,7 +505,7 @@ def time_parts(args, net, rounds=50, limit=20):
         with timed("masks"):  # of other sizes at each step
             masks = model.sample_masks(net.grid, B, args.seed, step).to(device)
         with timed("forward"):
-            loss = forward(features, masks).energy.mean()
+            loss = net(features, masks).energy.mean()
         with timed("backward"):
             loss.backward()
         with timed("optimiser"):
@@ -594,8 +568,6 @@ def bench(args):
 
 
 # ---- Something to look at ----------------------------------------------------------------------------------
-
-
 def plot_curves(log, path):
     """The log lines -> a picture of the numbers against the step; null is a gap."""
     panels = {"training loss, held-out energies": "loss energy_matched energy_mismatched energy_position",
