@@ -45,8 +45,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -182,9 +181,7 @@ def main(args):
     # -- the state of the run: from the start, or from its checkpoint
     first_step, log, start_share = 0, [], 1.0  # start_share: how much of its random start is left in X~
     running = torch.zeros(2)  # loss since the last log line, skipped steps so far
-    if path.exists() and not args.resume:
-        print(f"pretrain: starts from the beginning and replaces {path}; --resume would continue it")
-    elif path.exists():
+    if args.resume and path.exists():
         with model.checkpoint_errors(path):
             saved = model.read_checkpoint(path)
             if differs := model.differences(saved["identity"], constant["identity"]):
@@ -192,8 +189,7 @@ def main(args):
             net.load_trained_state(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
-        first_step, log, start_share = saved["step"], saved["log"], saved["start_share"]
-        running = saved["running"]
+        first_step, log, start_share, running = (saved[k] for k in ("step", "log", "start_share", "running"))
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
     running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
@@ -296,16 +292,15 @@ def wins(own, other):
 def held_out_metrics(net, features):
     """The held-out part of a log line; see the top of this file."""
     n = len(features.s_image)
-    matched = net.measure(features)
+    energy, _, target, prediction, _ = net.measure(features)
     mismatched = net.measure(features.pair(slice(None), [i - 1 for i in range(n)])).energy  # for X and X~
     # One draw of masks for all: [:, m, p] is the same patch in each. An image's own target is left out.
-    others = (matched.target.sum(0) - matched.target) / (n - 1)
-    metrics = dict(energy_matched=matched.energy.mean(), energy_mismatched=mismatched.mean(),
-                   pair_accuracy=wins(matched.energy, mismatched).mean(),
-                   energy_position=net.patch_energy(others, matched.target).mean(),
-                   target_std=model.sample_std(matched.target),
-                   prediction_std=model.sample_std(matched.prediction),
-                   target_rank=model.effective_rank(matched.target.mean((1, 2))))
+    others = (target.sum(0) - target) / (n - 1)
+    metrics = dict(energy_matched=energy.mean(), energy_mismatched=mismatched.mean(),
+                   pair_accuracy=wins(energy, mismatched).mean(),
+                   energy_position=net.patch_energy(others, target).mean(),
+                   target_std=model.sample_std(target), prediction_std=model.sample_std(prediction),
+                   target_rank=model.effective_rank(target.mean((1, 2))))
     return {name: value.item() for name, value in metrics.items()}
 
 
@@ -332,8 +327,7 @@ def energy_maps(net, features, least=8):
 
 def retrieval_metrics(energies):
     """Energies [I, I], the matched pairs on the diagonal -> the figures of --eval. A tie is half a win for
-    the AUC and a loss for recall, so that a constant energy scores as what it is worth. Raises
-    FloatingPointError for an energy that is not finite."""
+    the AUC and a loss for recall, so that a constant energy scores as what it is worth."""
     if not energies.isfinite().all():
         raise FloatingPointError("an energy is not finite: try --dtype float32, or train again")
     n = len(energies)
@@ -374,7 +368,8 @@ def evaluate(args):
     images = [i for i in range(n) for _ in (0, 1)]
     texts = [(i - other) % n for i in range(n) for other in (0, 1)]  # each picture's own caption, another's
     plot_maps(net, pictures, features.pair(images, texts), [captions[i] for i in texts], folder / "maps.png")
-    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})  # the last file
+    # The last file: when it is there, all are
+    data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
@@ -450,8 +445,7 @@ def split_batch(args, rank, world_size):
     """The slices of a batch that this process takes, one a forward pass, all equal. Raises UserError."""
     micro, remainder = divmod(args.batch_size, args.accumulate * world_size)
     if remainder:
-        raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
-                        f"({args.accumulate} x {world_size})")
+        raise UserError(f"--batch_size {args.batch_size} is no multiple of --accumulate x processes")
     if args.sigreg and micro < args.batch_size:  # it would see only a part
         raise UserError("--sigreg needs the whole batch: one process and --accumulate 1")
     first = rank * args.accumulate
@@ -461,74 +455,28 @@ def split_batch(args, rank, world_size):
 @contextmanager
 def catch_signals():
     """Inside, Ctrl-C and SIGTERM are only noted in a list, for the loop; the next Ctrl-C ends the process."""
-    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    signals = []
 
     def note(number, frame):
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    before = [signal.signal(number, note) for number in numbers]
-    try:
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, note))  # the handler before
         yield signals
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
 
 
 # ---- --bench: how long will it take here? ------------------------------------------------------------------
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
 TOKENS = 24  # of a caption, padded to the longest of its batch
+PARTS = ("masks", "forward", "backward", "optimiser", "EMA")  # of a step
 
 
-def time_parts(args, net, rounds=50, limit=20):
-    """Repeat a micro-batch's parts on random features, so many times or seconds -> ({part: median seconds},
-    GFLOP of one image in f_I, in the trained half both ways)."""
-    B, N, device = args.batch_size // args.accumulate, math.prod(net.grid), net.device
-    optimizer, times = build_optimizer(net), defaultdict(list)
-    images = torch.zeros(data.ENCODE_BATCH, 3, *net.image_encoder.input_size, dtype=torch.uint8)
-    s_image = torch.randn(B, N, net.image_encoder.dim).to(device, net.dtype)
-    s_text = torch.randn(B, TOKENS, net.text_encoder.dim).to(device, net.dtype)
-    features = model.Features(s_image, s_text, torch.ones(B, TOKENS, dtype=torch.bool, device=device))
-
-    @contextmanager
-    def timed(part):
-        start = time.perf_counter()
-        yield
-        getattr(torch, device.type).synchronize()
-        times[part].append(time.perf_counter() - start)
-
-    start = time.time()
-    for step in range(rounds + 1):
-        if step > 1 and time.time() - start > limit:
-            break
-        with timed("masks"):  # of other sizes at each step
-            masks = model.sample_masks(net.grid, B, args.seed, step).to(device)
-        with timed("forward"):
-            loss = net(features, masks).energy.mean()
-        with timed("backward"):
-            loss.backward()
-        with timed("optimiser"):
-            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-            optimizer.step()
-        with timed("EMA"):
-            net.update_target(0.996)
-        with timed("encode"):
-            net.encode_images(images)
-        optimizer.zero_grad(set_to_none=True)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted on any device
-        net.encode_images(images[:1])
-        frozen = counter.get_total_flops()
-        for step in range(10):
-            masks = model.sample_masks(net.grid, B, args.seed, step).to(device)
-            one = model.Masks(*(index[:1] for index in masks))
-            net(features.pair([0], [0]), one).energy.mean().backward()
-    trained = (counter.get_total_flops() - frozen) / 10
-    return {part: np.median(seconds[1:]) for part, seconds in times.items()}, frozen / 1e9, trained / 1e9
-
-
-def bench(args):
-    """The --bench command: the parts of a step on random features, and by them what a run takes here."""
+def bench(args, rounds=50, limit=20):
+    """The --bench command: repeat a micro-batch on random features, so many times or seconds -> what a run of
+    these options takes here."""
     split_batch(args, 0, 1)  # refuses what training does
     pairs = args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
     held_out = args.held_out or data.default_held_out(pairs)
@@ -539,18 +487,53 @@ def bench(args):
     f_I, f_T = model.ImageEncoder(config.image_encoder, pretrained=False), torch.nn.Module()
     f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]  # it is not built
     net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype)
-    seconds, frozen, trained = time_parts(args, net)
+    optimizer = build_optimizer(net)
+    B, N = args.batch_size // args.accumulate, math.prod(net.grid)
+    images = torch.zeros(data.ENCODE_BATCH, 3, *f_I.input_size, dtype=torch.uint8)
+    s_image = torch.randn(B, N, f_I.dim).to(device, net.dtype)
+    s_text = torch.randn(B, TOKENS, f_T.dim).to(device, net.dtype)
+    features = model.Features(s_image, s_text, torch.ones(B, TOKENS, dtype=torch.bool, device=device))
+
+    def now():
+        getattr(torch, device.type).synchronize()
+        return time.perf_counter()
+
+    rows, start = [], now()
+    while len(rows) <= rounds and (len(rows) < 2 or now() - start < limit):
+        row = [now()]
+        masks = model.sample_masks(net.grid, B, args.seed, len(rows)).to(device)  # of other sizes each time
+        row.append(now())
+        loss = net(features, masks).energy.mean()
+        row.append(now())
+        loss.backward()
+        row.append(now())
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        optimizer.step()
+        row.append(now())
+        net.update_target(0.996)
+        row.append(now())
+        net.encode_images(images)
+        row.append(now())
+        optimizer.zero_grad(set_to_none=True)
+        rows.append(row)
+    seconds = np.median(np.diff(rows[1:]), axis=0)  # of PARTS and of encoding; the first round warms up
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted on any device
+        net.encode_images(images[:1])
+        frozen = counter.get_total_flops() / 1e9
+        for draw in range(10):
+            masks = model.sample_masks(net.grid, B, args.seed, draw).to(device)
+            one = model.Masks(*(index[:1] for index in masks))
+            net(features.pair([0], [0]), one).energy.mean().backward()
+    trained = (counter.get_total_flops() / 1e9 - frozen) / 10
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     card = ""
     if device.type == "cuda":
         memory, card = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
-    once = seconds["optimiser"] + seconds["EMA"]
-    step = args.accumulate * (seconds["masks"] + seconds["forward"] + seconds["backward"]) + once
-    image = seconds["encode"] / data.ENCODE_BATCH  # to encode one
+    step = args.accumulate * seconds[:3].sum() + seconds[3:5].sum()
+    image = seconds[5] / data.ENCODE_BATCH  # to encode one
     caption = image * 2e-9 * f_T_weights * TOKENS / frozen  # at f_I's rate
     report = {
-        **{f"{part}, ms for {args.batch_size // args.accumulate} images": 1000 * seconds[part]
-           for part in ("masks", "forward", "backward", "optimiser", "EMA")},
+        **{f"{part}, ms for {B} images": 1000 * value for part, value in zip(PARTS, seconds)},
         f"step of {args.batch_size} images, --accumulate {args.accumulate}, ms": 1000 * step,
         "training, images/s": args.batch_size / step,
         "encode by f_I, images/s": 1 / image,
@@ -560,7 +543,7 @@ def bench(args):
            for name, peak in PEAK_TFLOPS.items() if name in card},
         "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
         "peak memory, GB": memory / 1e9,
-        "disk for the features, GB": 2e-9 * pairs * (math.prod(net.grid) * f_I.dim + 5 * TOKENS * f_T.dim),
+        "disk for the features, GB": 2e-9 * pairs * (N * f_I.dim + 5 * TOKENS * f_T.dim),
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
         f"minutes to pretrain, {steps} steps": steps * step / 60}
     for what, value in report.items():
@@ -616,10 +599,9 @@ def plot_masks(pictures, captions, grid, path):
         dark[masks.context[0]] = 0
         axes[1].imshow(np.zeros(grid), "gray", alpha=dark.reshape(grid), extent=(0, grid[1], grid[0], 0))
         for block, colour in zip(masks.target[0].tolist(), ("red", "gold", "cyan", "magenta")):
-            height = (block[-1] - block[0]) // grid[1] + 1
-            top, left = divmod(block[0], grid[1])
-            outline = Rectangle((left, top), len(block) / height, height, fill=False, ec=colour, lw=2)
-            axes[2].add_patch(outline)
+            (top, left), (bottom, right) = (divmod(patch, grid[1]) for patch in (block[0], block[-1]))
+            size = right + 1 - left, bottom + 1 - top
+            axes[2].add_patch(Rectangle((left, top), *size, fill=False, ec=colour, lw=2))
     figure.savefig(path, dpi=100)
 
 
@@ -642,12 +624,8 @@ def plot_maps(net, pictures, features, titles, path):
 def run(argv=None):
     """The command line -> exit code, see data.run_command."""
     args = parse_args(argv)
-    command = main
-    if args.eval:
-        command = evaluate
-    elif args.bench:
-        command = bench
-    elif not dist.is_torchelastic_launched() or os.environ["RANK"] == "0":
+    command = evaluate if args.eval else bench if args.bench else main
+    if command is main and (not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"):
         command = data.locked(args.out)(main)  # main inside the lock of OUT: one process writes
     to_lower = "--batch_size or --held_out, or raise --accumulate, which gives the same result"
     return data.run_command(lambda: command(args), to_lower)
