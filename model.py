@@ -68,7 +68,7 @@ PRESETS = {
     "large": Config(JEPA_16, GTE_LARGE, 1024, 8, 16),
 }
 # D_T and number of weights of each f_T
-TEXT_SIZES = {"toy": (96, 2e5), MINI_LM: (384, 227e5), GTE_BASE: (768, 137e6), GTE_LARGE: (1024, 434e6)}
+TEXT_SIZES = {"toy": (96, 0.2e6), MINI_LM: (384, 22.7e6), GTE_BASE: (768, 137e6), GTE_LARGE: (1024, 434e6)}
 
 
 # ---- X, X~ and g -------------------------------------------------------------------------------------------
@@ -264,9 +264,8 @@ class TIJEPA(nn.Module):
 
     def __init__(self, config, encoders=None):
         super().__init__()
-        self.config = config
+        self.config = c = config
         self.dtype = torch.float32  # of the forward passes; see place
-        c = config
         f_I, f_T = encoders or (ImageEncoder(c.image_encoder, c.image_weights),
                                 TextEncoder(c.text_encoder, c.vocabulary))
         self.image_encoder, self.text_encoder, self.grid = f_I, f_T, f_I.grid
@@ -402,8 +401,8 @@ class TIJEPA(nn.Module):
 # ---- A regulariser, and measures of collapse ---------------------------------------------------------------
 def sigreg_term(context, seed, step, directions=256, knots=17):
     """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
-    on random directions, others at each step, are from a standard normal. By Epps and Pulley B times the
-    integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), phi the empirical characteristic function."""
+    on random directions, others at each step, are from a standard normal, by Epps and Pulley: B times the
+    integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), phi being the empirical characteristic function."""
     z = context.float().mean(1)  # [B, D]
     a = F.normalize(torch.randn(z.shape[1], directions, generator=generator_of(seed, step)), dim=0)
     t = torch.linspace(0, 3, knots, device=z.device)

@@ -5,8 +5,8 @@
     python pretrain.py --eval out/toy/checkpoint.pt
     python pretrain.py --eval out/toy/checkpoint.pt --image a.jpg --captions "red bars ..." "navy tiles ..."
 
-The first writes OUT/checkpoint.pt, all that --resume needs to end as a run without the break, curves.png,
-and its log, log.jsonl: a line each --log_every steps, printed at once, written with checkpoints. Of training:
+The first writes OUT/checkpoint.pt, which has all that an exact --resume needs, curves.png and its log,
+log.jsonl: a line each --log_every steps, printed at once, written with checkpoints. Of training:
 
     step, epoch        optimiser steps and passes over the images done
     loss               mean of the loss since the last line; no evidence: it also falls in a collapse
@@ -85,10 +85,10 @@ def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy", help="architecture, training defaults")
     preset = first.parse_known_args(argv)[0].preset
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     parents=[first], epilog=f"Defaults shown: preset {preset}. With --eval, "
-                                     "what is empty is as in the checkpoint.",
+    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.description = __doc__.split("\n\n")[0]
+    parser.epilog = f"Defaults shown: preset {preset}. With --eval, what is empty is as in the checkpoint."
     add, config, number = parser.add_argument, model.PRESETS[preset], data.number
     add("--coco", default="", help="folder of COCO 2017 (empty: data/coco)")
     add("--out", default="", help=f"folder to write to (empty: out/{preset})")
@@ -278,8 +278,8 @@ def main(args):
         plot_curves(log, path.with_name("curves.png"))
         print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
         if start_share > 0.05:
-            print(f"warning: {start_share:.0%} of X~ is still its random start: raise --epochs or lower "
-                  "--momentum", file=sys.stderr)
+            advice = "raise --epochs or lower --momentum"
+            print(f"warning: {start_share:.0%} of X~ is still its random start: {advice}", file=sys.stderr)
     return 0
 
 
@@ -307,9 +307,8 @@ def held_out_metrics(net, features):
 def energy_matrix(net, features, draws):
     """Energies of every image with every caption [I, T], each the mean over the same `draws` masks."""
     n = len(features.s_image)
-    columns = [net.mean_energy(features.pair(slice(None), [i] * n), draws)
-               for i in tqdm(range(n), desc="energies")]
-    return torch.stack(columns, dim=1).float().cpu()
+    pairs = (features.pair(slice(None), [caption] * n) for caption in tqdm(range(n), desc="energies"))
+    return torch.stack([net.mean_energy(pair, draws) for pair in pairs], dim=1).float().cpu()
 
 
 def energy_maps(net, features, least=8):
@@ -352,8 +351,7 @@ def evaluate(args):
     if items:
         cache = data.FeatureCache(args.cache, items, net, args.workers)
         digests = {path.name: digest for (path, _), digest in zip(items, cache.digests)}
-    differs = [name for name in held_out if digests.get(name) != held_out[name]]
-    if differs:
+    if differs := [name for name in held_out if digests.get(name) != held_out[name]]:
         raise UserError(f"--eval {args.eval}: {len(differs)} of its {len(held_out)} held-out images are not "
                         f"in {coco}, or not what they were in training: {', '.join(differs[:5])}")
     features = next(cache.batches([(cache.readable, cache.first[cache.readable])]))
@@ -475,8 +473,7 @@ PARTS = ("masks", "forward", "backward", "optimiser", "EMA")  # of a step
 
 
 def bench(args, rounds=50, limit=20):
-    """The --bench command: repeat a micro-batch on random features, so many times or seconds -> what a run of
-    these options takes here."""
+    """The --bench command: time so many rounds or seconds on random features, and print what a run takes."""
     split_batch(args, 0, 1)  # refuses what training does
     pairs = args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
     held_out = args.held_out or data.default_held_out(pairs)
@@ -498,7 +495,7 @@ def bench(args, rounds=50, limit=20):
         getattr(torch, device.type).synchronize()
         return time.perf_counter()
 
-    rows, start = [], now()
+    rows, start = [], now()  # a row for each round: the time before its parts and after each
     while len(rows) <= rounds and (len(rows) < 2 or now() - start < limit):
         row = [now()]
         masks = model.sample_masks(net.grid, B, args.seed, len(rows)).to(device)  # of other sizes each time
@@ -525,10 +522,9 @@ def bench(args, rounds=50, limit=20):
             one = model.Masks(*(index[:1] for index in masks))
             net(features.pair([0], [0]), one).energy.mean().backward()
     trained = (counter.get_total_flops() / 1e9 - frozen) / 10
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    card = ""
-    if device.type == "cuda":
-        memory, card = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated(device) if card else resident
     step = args.accumulate * seconds[:3].sum() + seconds[3:5].sum()
     image = seconds[5] / data.ENCODE_BATCH  # to encode one
     caption = image * 2e-9 * f_T_weights * TOKENS / frozen  # at f_I's rate
