@@ -22,7 +22,6 @@ import copy
 import hashlib
 import json
 import math
-import pickle
 import re
 import subprocess
 import sys
@@ -34,7 +33,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
@@ -43,7 +41,7 @@ LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
 @dataclass
 class Config:
-    """What decides the model, saved with each checkpoint. Raises UserError for values that do not fit."""
+    """What decides the model, saved with each checkpoint."""
     image_encoder: str  # a timm name, or "toy"
     text_encoder: str  # a Hugging Face name or a local folder, or "toy"
     dim: int  # D, width of X and X~
@@ -57,35 +55,23 @@ class Config:
     target: str = "ema"  # predict X~'s tokens (the paper), or "image": f_I's
     vocabulary: list = field(default_factory=list)  # the words that the "toy" text encoder knows
 
-    def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise UserError(f'loss must be "mse" or "smooth_l1", not "{self.loss}"')
-        if self.target not in ("ema", "image"):
-            raise UserError(f'target must be "ema" or "image", not "{self.target}"')
-        if self.dim % self.heads:
-            raise UserError(f"heads={self.heads} do not divide the width dim={self.dim}")
-        if self.predictor_dim % math.lcm(4, self.predictor_heads):
-            raise UserError(f"predictor_dim={self.predictor_dim} is no multiple of 4 and predictor_heads")
-
 
 JEPA_14, JEPA_16 = "vit_huge_patch14_gap_224.in1k_ijepa", "vit_huge_patch16_gap_448.in1k_ijepa"
-GTE = "alibaba-nlp-community/gte-{}-en-v1.5"
+GTE_BASE, GTE_LARGE = (f"alibaba-nlp-community/gte-{size}-en-v1.5" for size in ("base", "large"))
 MINI_LM = "sentence-transformers/all-MiniLM-L6-v2"
 PRESETS = {
     # f_I, f_T, X's dim, depth, heads; then g's depth, dim, heads, which are of width 32, as I-JEPA's
     "toy": Config("toy", "toy", 96, 2, 4, 2, 64, 2),
     "tiny": Config("vit_tiny_patch16_224", MINI_LM, 192, 2, 4, 4, 96, 3),
-    "small": Config(JEPA_14, GTE.format("base"), 768, 4, 8),
-    "medium": Config(JEPA_14, GTE.format("base"), 768, 6, 12),
-    "large": Config(JEPA_16, GTE.format("large"), 1024, 8, 16),
+    "small": Config(JEPA_14, GTE_BASE, 768, 4, 8),
+    "medium": Config(JEPA_14, GTE_BASE, 768, 6, 12),
+    "large": Config(JEPA_16, GTE_LARGE, 1024, 8, 16),
 }
-TEXT_SIZES = {"toy": (96, 0.2e6), MINI_LM: (384, 22.7e6),  # D_T and number of weights of each f_T
-              GTE.format("base"): (768, 137e6), GTE.format("large"): (1024, 434e6)}
+# D_T and number of weights of each f_T
+TEXT_SIZES = {"toy": (96, 0.2e6), MINI_LM: (384, 22.7e6), GTE_BASE: (768, 137e6), GTE_LARGE: (1024, 434e6)}
 
 
 # ---- X, X~ and g -------------------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     """Multi-head attention from `x` to `memory` (self-attention when they are the same)."""
 
@@ -119,8 +105,7 @@ class Block(nn.Module):
 
     def forward(self, x, text=None, text_mask=None, last=0):
         """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D], or of the `last` tokens [B, last, D]"""
-        h = self.norm_attention(x)
-        # With last=0 these are all: x[:, -0:] is x[:, 0:]
+        h = self.norm_attention(x)  # below, last=0 takes all: x[:, -0:] is x[:, 0:]
         x = x[:, -last:] + self.attention(h[:, -last:], h if text is None else text, text_mask)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -194,11 +179,8 @@ class Predictor(nn.Module):
 
 
 # ---- Masks -------------------------------------------------------------------------------------------------
-
-
 class Masks(NamedTuple):
-    """Patch indices in raster order. No index of an image's context is in any of its target blocks. Those of
-    one image (B is 1) stand for the whole batch."""
+    """Patch indices in raster order; a context shares none with its target blocks. B is 1: for all images."""
     context: torch.Tensor  # [B, C]
     target: torch.Tensor  # [B, M, P]
 
@@ -219,13 +201,11 @@ def gather(tokens, index):
 def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), target_aspect=(0.75, 1.5),
                  context_area=(0.85, 1.0)):
     """I-JEPA's multi-block masks (paper section 3.2; masks/multiblock.py), a pure function of its arguments.
-    Areas are shares of the grid, aspects relative to it. To make rectangular tensors, a batch has one block
-    size, and its contexts are cut to the smallest: at random, since a cut in raster order would always take
-    the bottom rows. Raises UserError for a grid of less than 6 x 6."""
+    Areas are shares of the grid, aspects relative to it. A batch has one block size, and its contexts are cut
+    to the smallest: at random, as a cut in raster order would take the bottom rows."""
     rows, columns = grid
     if min(grid) < 6:
-        raise UserError(f"a {rows} x {columns} patch grid is too small for block masks (at least 6 x 6): "
-                        "take an --image_encoder with more patches")
+        raise UserError(f"a {rows} x {columns} patch grid is too small: take another --image_encoder")
     N = rows * columns
     row, column = torch.arange(N) // columns, torch.arange(N) % columns  # [N] each
     generator = generator_of(seed, step)
@@ -242,7 +222,6 @@ def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), t
     window = place(1, *context_size)[:, 0]  # [B, N]
     while (too_few := (window & ~hidden.any(1)).sum(1) < N // 10).any():  # these images' blocks again
         hidden = torch.where(too_few[:, None, None], place(blocks, *target_size), hidden)
-
     visible = window & ~hidden.any(1)  # [B, N]
     order = torch.rand(batch, N, generator=generator).masked_fill(~visible, -1.0)
     context = order.topk(int(visible.sum(1).min()), dim=1).indices.sort(dim=1).values  # [B, C]
@@ -260,8 +239,6 @@ def block_size(grid, area, aspect, generator):
 
 
 # ---- The model: one forward pass is the energy of a pair ---------------------------------------------------
-
-
 class Features(NamedTuple):
     """What the frozen encoders output for B pairs of a picture and a caption."""
     s_image: torch.Tensor  # [B, N, D_I]
@@ -287,20 +264,17 @@ class TIJEPA(nn.Module):
 
     def __init__(self, config, encoders=None):
         super().__init__()
-        self.config = config
+        self.config = c = config
         self.dtype = torch.float32  # of the forward passes; see place
-        self.image_encoder, self.text_encoder = encoders or (
-            ImageEncoder(config.image_encoder, config.image_weights),
-            TextEncoder(config.text_encoder, config.vocabulary))
-        image_dim, text_dim = self.image_encoder.dim, self.text_encoder.dim
-        self.grid = self.image_encoder.grid
+        f_I, f_T = encoders or (ImageEncoder(c.image_encoder, c.image_weights),
+                                TextEncoder(c.text_encoder, c.vocabulary))
+        self.image_encoder, self.text_encoder, self.grid = f_I, f_T, f_I.grid
         sample_masks(self.grid, 1, seed=0)  # refuse a grid too small before anything is encoded
-        self.context_encoder = FusionEncoder(image_dim, text_dim, config.dim, config.depth, config.heads)
+        self.context_encoder = FusionEncoder(f_I.dim, f_T.dim, c.dim, c.depth, c.heads)
         # X~ starts as a copy of X. Neither has dropout, so train and eval mode are the same function.
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
-        target_dim = image_dim if config.target == "image" else config.dim
-        self.predictor = Predictor(self.grid, config.dim, config.predictor_dim, config.predictor_depth,
-                                   config.predictor_heads, target_dim)
+        width, target_dim = c.predictor_dim, f_I.dim if c.target == "image" else c.dim
+        self.predictor = Predictor(f_I.grid, c.dim, width, c.predictor_depth, c.predictor_heads, target_dim)
 
     def forward(self, features, masks):
         """The trained half: Features of B pairs, and masks -> Output. Gradients reach X and g."""
@@ -351,12 +325,11 @@ class TIJEPA(nn.Module):
 
     def frozen_features(self, images, texts):
         """images [B, 3, H, W] uint8, B strings -> Features. Raises UserError for others."""
-        size = self.image_encoder.input_size
-        if isinstance(texts, str) or len(texts) != len(images) or images.shape[1:] != (3, *size) \
-                or images.dtype != torch.uint8:
-            raise UserError(f"pictures {list(images.shape)} {images.dtype} with {texts!r:.60}: "
-                            f"{self.config.image_encoder} takes B x {[3, *size]} of torch.uint8 "
-                            "(see data.image_transform) with a list of B strings")
+        shape = [len(texts), 3, *self.image_encoder.input_size]
+        if list(images.shape) != shape or images.dtype != torch.uint8 or isinstance(texts, str):
+            name = self.config.image_encoder
+            raise UserError(f"pictures {list(images.shape)} {images.dtype} with {texts!r:.60}: {name} takes "
+                            f"B x {shape[1:]} of torch.uint8 with a list of B strings")
         return Features(self.encode_images(images), *self.encode_texts(texts))
 
     def encode_images(self, images):
@@ -396,7 +369,7 @@ class TIJEPA(nn.Module):
     def autocast(self):
         """The context in which all forward passes run."""
         half = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype) if half else nullcontext()
+        return torch.autocast(self.device.type, self.dtype) if half else nullcontext()
 
     def fingerprint(self):
         """All that decides the features of the frozen encoders: {name: value}."""
@@ -411,36 +384,32 @@ class TIJEPA(nn.Module):
     def from_checkpoint(cls, path, image_weights="", text_encoder=""):
         """A file of pretrain.py -> (TIJEPA in eval mode, the file's contents). f_I and f_T may lie elsewhere
         now. Raises UserError if they are not those that X was trained on."""
-        checkpoint = read_checkpoint(path)
         with checkpoint_errors(path):
+            checkpoint = read_checkpoint(path)
             config = Config(**checkpoint["config"])
         config.image_weights = image_weights or config.image_weights
         config.text_encoder = text_encoder or config.text_encoder
         net = cls(config)
-        differs = differences(checkpoint["encoders"], net.fingerprint())
-        if differs:
-            raise UserError(f"{path} was trained on other encoders: {differs}; give the same with "
-                            "--image_weights and --text_encoder")
+        if differs := differences(checkpoint["encoders"], net.fingerprint()):
+            advice = "name those with --image_weights and --text_encoder"
+            raise UserError(f"{path} was trained on other encoders: {differs}; {advice}")
         with checkpoint_errors(path):
             net.load_trained_state(checkpoint["model"])
         return net.eval(), checkpoint
 
 
 # ---- A regulariser, and measures of collapse ---------------------------------------------------------------
-
-
 def sigreg_term(context, seed, step, directions=256, knots=17):
     """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
     on random directions, others at each step, are from a standard normal, by Epps and Pulley: B times the
-    integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) over all t, phi being the empirical characteristic
-    function; trapezoids on [0, 3], twice, as it is even."""
+    integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), phi being the empirical characteristic function."""
     z = context.float().mean(1)  # [B, D]
     a = F.normalize(torch.randn(z.shape[1], directions, generator=generator_of(seed, step)), dim=0)
     t = torch.linspace(0, 3, knots, device=z.device)
     angles = (z @ a.to(z.device))[:, :, None] * t  # [B, directions, knots]
     normal = torch.exp(-t.square() / 2)
     distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()  # [directions, knots]
-    return 2 * len(z) * torch.trapezoid(distance * normal, t).mean()
+    return 2 * len(z) * torch.trapezoid(distance * normal, t).mean()  # twice that on t > 0, as it is even
 
 
 def sample_std(tokens):
@@ -459,18 +428,14 @@ def effective_rank(features):
 
 
 # ---- f_I and f_T: frozen -----------------------------------------------------------------------------------
-
-MAX_TEXT_TOKENS = 128  # a tweet of 140 characters or a COCO caption fits
-
-
 class ImageEncoder(nn.Module):
     """f_I: a timm ViT without its classifier, with timm's pretrained weights or those of the file `weights`
     (I-JEPA's `.pth.tar`, too). Raises UserError if there is no such ViT, or not all weights fit."""
 
     def __init__(self, name, weights="", pretrained=True):
         super().__init__()
-        with user_errors(f"--image_encoder {name} cannot be loaded from {weights or 'the hub'}", "f_I is a "
-                         "ViT with a fixed patch grid; without network give its --image_weights FILE"):
+        what = f"--image_encoder {name} cannot be loaded from {weights or 'the hub'}"
+        with user_errors(what, "f_I is a ViT with a fixed patch grid, from the hub or --image_weights FILE"):
             if name == "toy":
                 self.vit = toy_vit()
             else:
@@ -489,18 +454,16 @@ class ImageEncoder(nn.Module):
 
     def fingerprint(self):
         """All that decides f_I's output: {name: value}."""
-        heads = [module.num_heads for module in self.vit.modules() if hasattr(module, "num_heads")]
         pixels = [self.input_size, self.interpolation, *(x.flatten().tolist() for x in (self.mean, self.std))]
-        return {"f_I weights": hash_weights(self.vit), "f_I heads": heads, "f_I input": str(pixels),
+        return {"f_I weights": hash_weights(self.vit),
+                "f_I heads": [part.num_heads for part in self.vit.modules() if hasattr(part, "num_heads")],
+                "f_I input": str(pixels),
                 "f_I architecture": self.vit.pretrained_cfg.get("architecture")}
 
     @torch.no_grad()
     def forward(self, images):
-        """images [B, 3, H, W] uint8 -> patch tokens [B, N, D_I]. Raises UserError if f_I outputs others."""
-        tokens = self.vit.forward_features((images / 255 - self.mean) / self.std)[:, self.prefix:]
-        if tokens.shape[1:-1] != (math.prod(self.grid),):
-            raise UserError(f"--image_encoder outputs {list(tokens.shape)}, not one for each of {self.grid}")
-        return tokens
+        """images [B, 3, H, W] uint8 -> patch tokens [B, N, D_I]"""
+        return self.vit.forward_features((images / 255 - self.mean) / self.std)[:, self.prefix:]
 
 
 def toy_vit():
@@ -513,9 +476,8 @@ def toy_vit():
 
 def convert_weights(state, vit):
     """A file's weights under timm's names, without the classifier."""
-    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
-    state = convert(state, vit) if convert else state
-    return {key: value for key, value in state.items() if not key.startswith("head")}
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, vit: state)
+    return {key: value for key, value in convert(state, vit).items() if not key.startswith("head")}
 
 
 class TextEncoder(nn.Module):
@@ -524,23 +486,22 @@ class TextEncoder(nn.Module):
 
     def __init__(self, name, vocabulary=()):
         super().__init__()
-        with user_errors(f"--text_encoder {name} cannot be loaded",
-                         "f_T is a BERT-like encoder, by its name on the hub or its downloaded folder"):
+        advice = "f_T is a BERT-like encoder, by its name on the hub or its downloaded folder"
+        with user_errors(f"--text_encoder {name} cannot be loaded", advice):
             if name == "toy":
                 self.tokenizer, self.bert = toy_bert(vocabulary)
             else:
                 self.tokenizer = AutoTokenizer.from_pretrained(name)
-                # Some are stored in half precision, which X's float32 weights could not be multiplied with.
-                self.bert, info = AutoModel.from_pretrained(name, dtype=torch.float32,
-                                                            output_loading_info=True)
+                options = dict(dtype=torch.float32, output_loading_info=True)  # some are stored in 16 bits
+                self.bert, info = AutoModel.from_pretrained(name, **options)
                 missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it works above s_T
                 if missing:
                     raise ValueError(f"it lacks the weights {missing}")
             config = self.bert.config
             if config.is_encoder_decoder or self.tokenizer.pad_token is None:
                 raise ValueError("it has a decoder, or no padding token")
-            limits = MAX_TEXT_TOKENS, self.tokenizer.model_max_length, config.max_position_embeddings
-            self.dim, self.max_tokens = config.hidden_size, min(limits)
+            self.dim = config.hidden_size  # 128 tokens are a tweet of 140 characters or a COCO caption
+            self.max_tokens = min(128, self.tokenizer.model_max_length, config.max_position_embeddings)
         self.bert.requires_grad_(False).eval()
 
     def fingerprint(self):
@@ -566,8 +527,7 @@ class TextEncoder(nn.Module):
     def forward(self, texts):
         """B strings -> token states [B, L, D_T] and text_mask [B, L]"""
         batch = self.tokenize(texts, padding=True, return_tensors="pt").to(self.bert.device)
-        states = self.bert(**batch).last_hidden_state
-        return states, batch["attention_mask"].bool()
+        return self.bert(**batch).last_hidden_state, batch["attention_mask"].bool()
 
 
 def toy_bert(vocabulary):
@@ -594,14 +554,13 @@ def hash_weights(module):
 
 TRAINED = ("context_encoder", "target_encoder", "predictor")
 CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
-                   "seconds", "model", "optimizer", "scaler", "running", "log")
+                   "model", "optimizer", "scaler", "running", "log")
 
 
 def read_checkpoint(path):
-    """What a file of pretrain.py holds, on the CPU. Raises UserError if it is not a complete one."""
-    with checkpoint_errors(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-        return {key: checkpoint[key] for key in CHECKPOINT_KEYS}
+    """What a file of pretrain.py holds, on the CPU. Runs no code from the file."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    return {key: checkpoint[key] for key in CHECKPOINT_KEYS}
 
 
 def checkpoint_errors(path):
@@ -625,15 +584,13 @@ def pick_device(name="auto"):
     """"auto" (cuda, mps or cpu, the first there is) or torch's name. Raises UserError if it is not there, or
     for an NVIDIA GPU that torch cannot use: a CPU would take weeks."""
     if name == "auto":
-        backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
-        name = next((kind for kind, backend in backends.items() if backend.is_available()), "cpu")
-        if name == "cpu":
-            query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
-            driver = subprocess.getoutput(query).partition("\n")[0]  # a line for each GPU, or an error
-            if driver[:1].isdigit():
-                raise UserError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the "
-                                f"NVIDIA GPU (driver {driver}): install a newer driver or an older torch, "
-                                "or run with --device cpu")
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        driver = subprocess.getoutput(query) if name == "cpu" else ""  # a line for each GPU, or an error
+        if driver[:1].isdigit():
+            advice = "install a newer driver or an older torch, or run with --device cpu"
+            raise UserError(f"torch cannot use the NVIDIA GPU (driver {driver.split()[0]}): {advice}")
     with user_errors(f"--device {name} cannot be had", "try --device auto"):
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -641,8 +598,7 @@ def pick_device(name="auto"):
         device = torch.device("cuda", device.index or 0)  # set_device takes no device without a number
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-        # cuDNN plans its attention anew for each shape, and ours differ from step to step: on an H200 a step
-        # of new shapes took five times as long.
+        # cuDNN plans its attention anew for each shape: five times as slow where shapes change each step
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
@@ -662,12 +618,11 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors(what, advice):
-    """A block where what loaders raise on a file that is not what it is taken for becomes a UserError."""
+    """A block where what loaders raise on a file that is not what it should be becomes a UserError."""
     try:
         yield
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-            AssertionError, pickle.UnpicklingError, SafetensorError) as error:
-        if re.search(OUT_OF_MEMORY, str(error)):
+    except Exception as error:  # loaders raise a dozen kinds
+        if isinstance(error, (UserError, MemoryError)) or re.search(OUT_OF_MEMORY, str(error)):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{what}: {reason}; {advice}") from error

@@ -5,8 +5,8 @@
     python pretrain.py --eval out/toy/checkpoint.pt
     python pretrain.py --eval out/toy/checkpoint.pt --image a.jpg --captions "red bars ..." "navy tiles ..."
 
-The first writes OUT/checkpoint.pt, all that --resume needs to end as a run without the break, curves.png,
-and its log, log.jsonl: a line each --log_every steps, printed at once, written with checkpoints. Of training:
+The first writes OUT/checkpoint.pt, which has all that an exact --resume needs, curves.png and its log,
+log.jsonl: a line each --log_every steps, printed at once, written with checkpoints. Of training:
 
     step, epoch        optimiser steps and passes over the images done
     loss               mean of the loss since the last line; no evidence: it also falls in a collapse
@@ -37,7 +37,6 @@ with every held-out caption over several masks, eval.json (what is not named her
 import argparse
 import atexit
 import io
-import itertools
 import json
 import math
 import os
@@ -46,8 +45,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,8 +76,8 @@ PRESETS = {
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
 # Options and parts of Config that --resume may find changed: of no effect, or compared by their contents
-FREE = {"out", "coco", "device", "workers", "cache", "accumulate", "compile", "resume", "bench", "eval",
-        "eval_masks", "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
+FREE = {"out", "coco", "device", "workers", "cache", "accumulate", "resume", "bench", "eval", "eval_masks",
+        "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
 
 
 def parse_args(argv=None):
@@ -87,16 +85,16 @@ def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy", help="architecture, training defaults")
     preset = first.parse_known_args(argv)[0].preset
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     parents=[first], epilog=f"Defaults shown: preset {preset}.",
+    parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.description = __doc__.split("\n\n")[0]
+    parser.epilog = f"Defaults shown: preset {preset}. With --eval, what is empty is as in the checkpoint."
     add, config, number = parser.add_argument, model.PRESETS[preset], data.number
-    add("--coco", default="", help="folder of COCO 2017 (empty: data/coco, with --eval as in training)")
-    add("--out", default="", help=f"folder to write to (empty: out/{preset}, with --eval the checkpoint's)")
+    add("--coco", default="", help="folder of COCO 2017 (empty: data/coco)")
+    add("--out", default="", help=f"folder to write to (empty: out/{preset})")
     add("--image_encoder", default=config.image_encoder, help="timm name of f_I")
-    add("--image_weights", default="", help="weight file of f_I (empty: timm's, with --eval as in training)")
-    add("--text_encoder", default="",
-        help=f"name or folder of f_T (empty: {config.text_encoder}, with --eval as in training)")
+    add("--image_weights", default="", help="weight file of f_I (empty: timm's own)")
+    add("--text_encoder", default="", help=f"f_T by name or folder (empty: {config.text_encoder})")
     add("--loss", choices=("mse", "smooth_l1"), default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens or f_I's")
     add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
@@ -115,7 +113,6 @@ def parse_args(argv=None):
     add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
     add("--workers", **number(int, 1), default=2, help="threads that read and decode images")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
-    add("--compile", action="store_true", help="torch.compile the trained half (for CUDA)")
     add("--log_every", **number(int, 1), help="steps between log lines; the first past an epoch's end saves")
     add("--resume", action="store_true", help="resume from OUT/checkpoint.pt if it is there")
     add("--bench", action="store_true", help="measure how long the preset takes, without data or download")
@@ -131,11 +128,9 @@ def parse_args(argv=None):
     return args
 
 
-# ---- The schedules: functions of the step, from 0 to total - 1 --------------------------------------------
-
-
+# The schedules: functions of the step, from 0 to total - 1
 def linear(step, total, start, final):
-    """From `start` at step 0 to `final` at the last step, in a straight line."""
+    """A straight line from `start` at step 0 to `final` at the last step."""
     return start + (final - start) * step / max(1, total - 1)
 
 
@@ -151,9 +146,6 @@ def warmup_cosine(step, total, warmup, start, peak, final):
     return cosine(step - warmup, total - warmup, peak, final)
 
 
-# ---- The loop ----------------------------------------------------------------------------------------------
-
-
 def main(args):
     """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it."""
     # -- processes: with torchrun, this one trains on its share of each batch
@@ -165,9 +157,7 @@ def main(args):
     items, skipped = data.load_coco(coco, args.max_images)  # before the encoders: they may be a long download
     torch.manual_seed(args.seed)
     net = model.TIJEPA(make_config(args, items)).place(device, args.dtype)
-    seconds = Counter()
-    with data.timed(seconds, "encode the pairs"):
-        cache = data.FeatureCache(args.cache, items, net, args.workers)
+    cache = data.FeatureCache(args.cache, items, net, args.workers)
     train_images, held_out = data.hold_out(cache, args.held_out)
     skipped["unreadable image"] = len(cache.unreadable)
     steps_per_epoch = len(train_images) // args.batch_size  # what is left of an epoch fills no batch
@@ -175,20 +165,11 @@ def main(args):
     if not steps:
         raise UserError(f"--batch_size {args.batch_size} is above the {len(train_images)} images to train on")
 
-    def pairs_of(step):
-        """Indices (images, captions) of each micro-batch: a pure function, so resuming needs no state."""
-        images, captions = data.epoch_order(cache, train_images, args.seed, step // steps_per_epoch)
-        if args.shuffle_captions:
-            captions = np.roll(captions, 1)
-        first = step % steps_per_epoch * args.batch_size
-        return [(images[first:][part], captions[first:][part]) for part in micro_batches]
-
     # -- optimiser, and the identity of the run
     optimizer = build_optimizer(net)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=net.dtype == torch.float16)
-    forward = torch.compile(net, dynamic=True) if args.compile else net  # masks, captions differ in length
-    forward = DistributedDataParallel(forward, broadcast_buffers=False) if world_size > 1 else forward
+    forward = DistributedDataParallel(net, broadcast_buffers=False) if world_size > 1 else net
     constant = {"config": asdict(net.config), "encoders": cache.encoders, "skipped": dict(+skipped),
                 "identity": run_identity(args, net, items, cache), "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
@@ -200,29 +181,29 @@ def main(args):
     # -- the state of the run: from the start, or from its checkpoint
     first_step, log, start_share = 0, [], 1.0  # start_share: how much of its random start is left in X~
     running = torch.zeros(2)  # loss since the last log line, skipped steps so far
-    if path.exists() and not args.resume:
-        print(f"pretrain: starts from the beginning and replaces {path}; --resume would continue it")
-    elif path.exists():
-        first_step, log, start_share, running = resume(path, constant, net, optimizer, scaler, seconds)
+    if args.resume and path.exists():
+        with model.checkpoint_errors(path):
+            saved = model.read_checkpoint(path)
+            if differs := model.differences(saved["identity"], constant["identity"]):
+                raise UserError(f"{path} is of another run: {differs}; give the same, or another --out")
+            net.load_trained_state(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+        first_step, log, start_share, running = (saved[k] for k in ("step", "log", "start_share", "running"))
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
     running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
-    def save(step):
-        """Write all that the rest of the run depends on: its data and masks are functions of the step."""
-        total = all_reduce(running)
-        if rank == 0:
-            file = io.BytesIO()
-            torch.save({**constant, "step": step, "start_share": start_share, "running": total,
-                        "seconds": {**seconds, "pretrain": seconds["pretrain"] + time.time() - began},
-                        "model": {name: getattr(net, name).state_dict() for name in model.TRAINED},
-                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "log": log}, file)
-            data.atomic_write(path, file.getbuffer())
-            write_log(path, log)
+    def draws():
+        """Indices (images, captions) of each micro-batch: functions of the step, so resuming is exact."""
+        for step in range(first_step, steps):
+            images, captions = data.epoch_order(cache, train_images, args.seed, step // steps_per_epoch)
+            if args.shuffle_captions:
+                captions = np.roll(captions, 1)
+            first = step % steps_per_epoch * args.batch_size
+            yield from ((images[first:][part], captions[first:][part]) for part in micro_batches)
 
-    began = line_time = time.time()
-    waited = Counter()
-    order = (pairs for step in range(first_step, steps) for pairs in pairs_of(step))
-    batches = cache.batches(order)  # lazy: the next is read while this one is trained on
+    batches = cache.batches(draws())  # lazy: the next is read while this one is trained on
+    line_time, waited = time.time(), 0.0  # of the last log line; seconds without features since then
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             # -- schedules and masks of this step
@@ -235,8 +216,9 @@ def main(args):
 
             # -- forward and backward, micro-batch by micro-batch
             for part in micro_batches:
-                with data.timed(waited, "data"):
-                    features = next(batches)  # of B pairs, one micro-batch
+                start = time.time()
+                features = next(batches)  # of B pairs, one micro-batch
+                waited += time.time() - start
                 forward.require_backward_grad_sync = part == micro_batches[-1]  # DDP: averages once a step
                 out = forward(features, model.Masks(*(index[part] for index in masks)))
                 loss = out.energy.mean()
@@ -273,14 +255,21 @@ def main(args):
                 line = dict(step=done, epoch=done / steps_per_epoch, loss=loss_sum / (done - last), lr=lr,
                             wd=wd, momentum=momentum, start_share=start_share, grad_norm=grad_norm.item(),
                             skipped_steps=round(overflows), images_per_s=here * args.batch_size / elapsed,
-                            data_wait=waited["data"] / elapsed, **metrics)
+                            data_wait=waited / elapsed, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
                 tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
                 running[0] = 0
-                line_time = time.time()
-                waited.clear()
+                line_time, waited = time.time(), 0.0
             if stop or done // steps_per_epoch > last // steps_per_epoch:
-                save(done)
+                # All that the rest depends on: pairs, schedules and masks are functions of the step
+                state = {**constant, "step": done, "start_share": start_share, "running": all_reduce(running),
+                         "model": {name: getattr(net, name).state_dict() for name in model.TRAINED},
+                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "log": log}
+                if rank == 0:
+                    file = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
+                    torch.save(state, file)
+                    data.atomic_write(path, file.getbuffer())
+                    write_log(path, log)
             if stop and done < steps:
                 print(f"pretrain: stopped after step {done} of {steps}; --resume continues from there")
                 return 128 + stop
@@ -289,14 +278,12 @@ def main(args):
         plot_curves(log, path.with_name("curves.png"))
         print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
         if start_share > 0.05:
-            print(f"warning: {start_share:.0%} of X~ is still its random start: its features are worth "
-                  "less than they could be; raise --epochs or lower --momentum", file=sys.stderr)
+            advice = "raise --epochs or lower --momentum"
+            print(f"warning: {start_share:.0%} of X~ is still its random start: {advice}", file=sys.stderr)
     return 0
 
 
 # ---- Does the energy mean anything? Held-out pairs, matched and mismatched ---------------------------------
-
-
 def wins(own, other):
     """Energies -> 1 where the own caption's is the lower, 0 where the other's is, 0.5 for a tie."""
     return torch.heaviside(other - own, own.new_tensor(0.5))
@@ -305,43 +292,41 @@ def wins(own, other):
 def held_out_metrics(net, features):
     """The held-out part of a log line; see the top of this file."""
     n = len(features.s_image)
-    matched = net.measure(features)
+    energy, _, target, prediction, _ = net.measure(features)
     mismatched = net.measure(features.pair(slice(None), [i - 1 for i in range(n)])).energy  # for X and X~
     # One draw of masks for all: [:, m, p] is the same patch in each. An image's own target is left out.
-    others = (matched.target.sum(0) - matched.target) / (n - 1)
-    metrics = dict(energy_matched=matched.energy.mean(), energy_mismatched=mismatched.mean(),
-                   pair_accuracy=wins(matched.energy, mismatched).mean(),
-                   energy_position=net.patch_energy(others, matched.target).mean(),
-                   target_std=model.sample_std(matched.target),
-                   prediction_std=model.sample_std(matched.prediction),
-                   target_rank=model.effective_rank(matched.target.mean((1, 2))))
+    others = (target.sum(0) - target) / (n - 1)
+    metrics = dict(energy_matched=energy.mean(), energy_mismatched=mismatched.mean(),
+                   pair_accuracy=wins(energy, mismatched).mean(),
+                   energy_position=net.patch_energy(others, target).mean(),
+                   target_std=model.sample_std(target), prediction_std=model.sample_std(prediction),
+                   target_rank=model.effective_rank(target.mean((1, 2))))
     return {name: value.item() for name, value in metrics.items()}
 
 
 def energy_matrix(net, features, draws):
     """Energies of every image with every caption [I, T], each the mean over the same `draws` masks."""
     n = len(features.s_image)
-    columns = [net.mean_energy(features.pair(slice(None), [i] * n), draws)
-               for i in tqdm(range(n), desc="energies")]
-    return torch.stack(columns, dim=1).float().cpu()
+    pairs = (features.pair(slice(None), [caption] * n) for caption in tqdm(range(n), desc="energies"))
+    return torch.stack([net.mean_energy(pair, draws) for pair in pairs], dim=1).float().cpu()
 
 
 def energy_maps(net, features, least=8):
     """Features of B pairs -> [B, N]: each patch's mean energy, of the masks that hide it, `least` or more."""
-    total, count = torch.zeros(features.s_image.shape[:2]), torch.zeros(features.s_image.shape[1])
-    for draw in tqdm(itertools.count(), desc="masks for maps.png"):
+    B, N = features.s_image.shape[:2]
+    total, count, draw = torch.zeros(B, N), torch.zeros(N), 0
+    while count.min() < least:
         hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]
         energies = net.measure(features, draw).patch_energy.flatten(1)  # [B, M * P]
         total.index_add_(1, hidden, energies.float().cpu())
-        count += torch.bincount(hidden, minlength=len(count))
-        if count.min() >= least:
-            return total / count
+        count += torch.bincount(hidden, minlength=N)
+        draw += 1
+    return total / count
 
 
 def retrieval_metrics(energies):
     """Energies [I, I], the matched pairs on the diagonal -> the figures of --eval. A tie is half a win for
-    the AUC and a loss for recall, so that a constant energy scores as what it is worth. Raises
-    FloatingPointError for an energy that is not finite."""
+    the AUC and a loss for recall, so that a constant energy scores as what it is worth."""
     if not energies.isfinite().all():
         raise FloatingPointError("an energy is not finite: try --dtype float32, or train again")
     n = len(energies)
@@ -366,8 +351,7 @@ def evaluate(args):
     if items:
         cache = data.FeatureCache(args.cache, items, net, args.workers)
         digests = {path.name: digest for (path, _), digest in zip(items, cache.digests)}
-    differs = [name for name in held_out if digests.get(name) != held_out[name]]
-    if differs:
+    if differs := [name for name in held_out if digests.get(name) != held_out[name]]:
         raise UserError(f"--eval {args.eval}: {len(differs)} of its {len(held_out)} held-out images are not "
                         f"in {coco}, or not what they were in training: {', '.join(differs[:5])}")
     features = next(cache.batches([(cache.readable, cache.first[cache.readable])]))
@@ -375,14 +359,14 @@ def evaluate(args):
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
     plot_energies(energies, folder / "energies.png")
-    first = [items[i] for i in cache.readable[:4]]
-    pictures, captions = zip(*[(data.read_image(path, net.image_encoder), texts[0]) for path, texts in first])
+    paths, texts = zip(*[items[i] for i in cache.readable[:4]])
+    pictures, captions = [data.read_image(path, net.image_encoder) for path in paths], [t[0] for t in texts]
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
-    image = [i for i in range(len(pictures)) for _ in range(2)]  # 0 0 1 1 ...
-    text = [i - n for i in range(len(pictures)) for n in range(2)]  # 0 -1 1 0 ...: its own caption, another's
-    chosen = features.pair(slice(len(pictures)), slice(len(pictures))).pair(image, text)
-    plot_maps(net, pictures, chosen, [captions[i] for i in text], folder / "maps.png")
-    # The last file: when it is there, all are.
+    n = len(pictures)
+    images = [i for i in range(n) for _ in (0, 1)]
+    texts = [(i - other) % n for i in range(n) for other in (0, 1)]  # each picture's own caption, another's
+    plot_maps(net, pictures, features.pair(images, texts), [captions[i] for i in texts], folder / "maps.png")
+    # The last file: when it is there, all are
     data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
@@ -400,8 +384,6 @@ def rank_captions(args, net):
 
 
 # ---- A run: its model, its identity, its processes, its end ------------------------------------------------
-
-
 def make_config(args, items):
     """The model's Config by the arguments. Only the toy text encoder needs the captions: for their words."""
     preset, words = model.PRESETS[args.preset], set()
@@ -436,20 +418,6 @@ def run_identity(args, net, items, cache):
     return {**config, **options, "--dtype": str(net.dtype), **cache.encoders, "data": data.digest(pairs)}
 
 
-def resume(path, constant, net, optimizer, scaler, seconds):
-    """Load the run that `path` is of -> (step, log, start_share, running). UserError names what differs."""
-    saved = model.read_checkpoint(path)
-    with model.checkpoint_errors(path):
-        differs = model.differences(saved["identity"], constant["identity"])
-        if differs:
-            raise UserError(f"--resume: {path} is of another run: {differs}; give the same, or another --out")
-        net.load_trained_state(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-    seconds.update(saved["seconds"])  # a Counter: adds
-    return saved["step"], saved["log"], saved["start_share"], saved["running"]
-
-
 def join_processes(args):
     """(rank, world size, device) of this process: one for each GPU, or all on what --device names."""
     if not dist.is_torchelastic_launched():  # not by torchrun, whatever variables other launchers set
@@ -475,8 +443,7 @@ def split_batch(args, rank, world_size):
     """The slices of a batch that this process takes, one a forward pass, all equal. Raises UserError."""
     micro, remainder = divmod(args.batch_size, args.accumulate * world_size)
     if remainder:
-        raise UserError(f"--batch_size {args.batch_size} must be a multiple of --accumulate x processes "
-                        f"({args.accumulate} x {world_size})")
+        raise UserError(f"--batch_size {args.batch_size} is no multiple of --accumulate x processes")
     if args.sigreg and micro < args.batch_size:  # it would see only a part
         raise UserError("--sigreg needs the whole batch: one process and --accumulate 1")
     first = rank * args.accumulate
@@ -486,75 +453,27 @@ def split_batch(args, rank, world_size):
 @contextmanager
 def catch_signals():
     """Inside, Ctrl-C and SIGTERM are only noted in a list, for the loop; the next Ctrl-C ends the process."""
-    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    signals = []
 
     def note(number, frame):
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    before = [signal.signal(number, note) for number in numbers]
-    try:
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, note))  # the handler before
         yield signals
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
 
 
 # ---- --bench: how long will it take here? ------------------------------------------------------------------
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
 TOKENS = 24  # of a caption, padded to the longest of its batch
+PARTS = ("masks", "forward", "backward", "optimiser", "EMA")  # of a step
 
 
-def time_parts(args, net, rounds=50, limit=20):
-    """Repeat a micro-batch's parts on random features, so many times or seconds -> ({part: median seconds},
-    GFLOP of one image in f_I, in the trained half both ways)."""
-    B, N, device = args.batch_size // args.accumulate, math.prod(net.grid), net.device
-    optimizer, times = build_optimizer(net), defaultdict(list)
-    forward = torch.compile(net, dynamic=True) if args.compile else net
-    images = torch.zeros(data.ENCODE_BATCH, 3, *net.image_encoder.input_size, dtype=torch.uint8)
-    s_image, s_text = (torch.randn(B, n, encoder.dim).to(device, net.dtype) for n, encoder in
-                       ((N, net.image_encoder), (TOKENS, net.text_encoder)))
-    features = model.Features(s_image, s_text, torch.ones(B, TOKENS, dtype=torch.bool, device=device))
-
-    @contextmanager
-    def timed(part):
-        start = time.perf_counter()
-        yield
-        getattr(torch, device.type).synchronize()
-        times[part].append(time.perf_counter() - start)
-
-    start = time.time()
-    for step in range(rounds + 1):
-        if step > 1 and time.time() - start > limit:
-            break
-        with timed("masks"):  # of other sizes at each step
-            masks = model.sample_masks(net.grid, B, args.seed, step).to(device)
-        with timed("forward"):
-            loss = forward(features, masks).energy.mean()
-        with timed("backward"):
-            loss.backward()
-        with timed("optimiser"):
-            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-            optimizer.step()
-        with timed("EMA"):
-            net.update_target(0.996)
-        with timed("encode"):
-            net.encode_images(images)
-        optimizer.zero_grad(set_to_none=True)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted on any device
-        net.encode_images(images[:1])
-        frozen = counter.get_total_flops()
-        for step in range(10):
-            masks = model.sample_masks(net.grid, B, args.seed, step).to(device)
-            one = model.Masks(*(index[:1] for index in masks))
-            net(features.pair([0], [0]), one).energy.mean().backward()
-    trained = (counter.get_total_flops() - frozen) / 10
-    return {part: np.median(seconds[1:]) for part, seconds in times.items()}, frozen / 1e9, trained / 1e9
-
-
-def bench(args):
-    """The --bench command: the parts of a step on random features, and by them what a run takes here."""
+def bench(args, rounds=50, limit=20):
+    """The --bench command: time so many rounds or seconds on random features, and print what a run takes."""
     split_batch(args, 0, 1)  # refuses what training does
     pairs = args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
     held_out = args.held_out or data.default_held_out(pairs)
@@ -565,18 +484,52 @@ def bench(args):
     f_I, f_T = model.ImageEncoder(config.image_encoder, pretrained=False), torch.nn.Module()
     f_T.dim, f_T_weights = model.TEXT_SIZES[model.PRESETS[args.preset].text_encoder]  # it is not built
     net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype)
-    seconds, frozen, trained = time_parts(args, net)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    card = ""
-    if device.type == "cuda":
-        memory, card = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
-    once = seconds["optimiser"] + seconds["EMA"]
-    step = args.accumulate * (seconds["masks"] + seconds["forward"] + seconds["backward"]) + once
-    image = seconds["encode"] / data.ENCODE_BATCH  # to encode one
+    optimizer = build_optimizer(net)
+    B, N = args.batch_size // args.accumulate, math.prod(net.grid)
+    images = torch.zeros(data.ENCODE_BATCH, 3, *f_I.input_size, dtype=torch.uint8)
+    s_image = torch.randn(B, N, f_I.dim).to(device, net.dtype)
+    s_text = torch.randn(B, TOKENS, f_T.dim).to(device, net.dtype)
+    features = model.Features(s_image, s_text, torch.ones(B, TOKENS, dtype=torch.bool, device=device))
+
+    def now():
+        getattr(torch, device.type).synchronize()
+        return time.perf_counter()
+
+    rows, start = [], now()  # a row for each round: the time before its parts and after each
+    while len(rows) <= rounds and (len(rows) < 2 or now() - start < limit):
+        row = [now()]
+        masks = model.sample_masks(net.grid, B, args.seed, len(rows)).to(device)  # of other sizes each time
+        row.append(now())
+        loss = net(features, masks).energy.mean()
+        row.append(now())
+        loss.backward()
+        row.append(now())
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        optimizer.step()
+        row.append(now())
+        net.update_target(0.996)
+        row.append(now())
+        net.encode_images(images)
+        row.append(now())
+        optimizer.zero_grad(set_to_none=True)
+        rows.append(row)
+    seconds = np.median(np.diff(rows[1:]), axis=0)  # of PARTS and of encoding; the first round warms up
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted on any device
+        net.encode_images(images[:1])
+        frozen = counter.get_total_flops() / 1e9
+        for draw in range(10):
+            masks = model.sample_masks(net.grid, B, args.seed, draw).to(device)
+            one = model.Masks(*(index[:1] for index in masks))
+            net(features.pair([0], [0]), one).energy.mean().backward()
+    trained = (counter.get_total_flops() / 1e9 - frozen) / 10
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated(device) if card else resident
+    step = args.accumulate * seconds[:3].sum() + seconds[3:5].sum()
+    image = seconds[5] / data.ENCODE_BATCH  # to encode one
     caption = image * 2e-9 * f_T_weights * TOKENS / frozen  # at f_I's rate
     report = {
-        **{f"{part}, ms for {args.batch_size // args.accumulate} images": 1000 * seconds[part]
-           for part in ("masks", "forward", "backward", "optimiser", "EMA")},
+        **{f"{part}, ms for {B} images": 1000 * value for part, value in zip(PARTS, seconds)},
         f"step of {args.batch_size} images, --accumulate {args.accumulate}, ms": 1000 * step,
         "training, images/s": args.batch_size / step,
         "encode by f_I, images/s": 1 / image,
@@ -586,7 +539,7 @@ def bench(args):
            for name, peak in PEAK_TFLOPS.items() if name in card},
         "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
         "peak memory, GB": memory / 1e9,
-        "disk for the features, GB": 2e-9 * pairs * (math.prod(net.grid) * f_I.dim + 5 * TOKENS * f_T.dim),
+        "disk for the features, GB": 2e-9 * pairs * (N * f_I.dim + 5 * TOKENS * f_T.dim),
         f"minutes to encode {pairs} pairs": pairs * (image + 5 * caption) / 60,
         f"minutes to pretrain, {steps} steps": steps * step / 60}
     for what, value in report.items():
@@ -594,8 +547,6 @@ def bench(args):
 
 
 # ---- Something to look at ----------------------------------------------------------------------------------
-
-
 def plot_curves(log, path):
     """The log lines -> a picture of the numbers against the step; null is a gap."""
     panels = {"training loss, held-out energies": "loss energy_matched energy_mismatched energy_position",
@@ -644,10 +595,9 @@ def plot_masks(pictures, captions, grid, path):
         dark[masks.context[0]] = 0
         axes[1].imshow(np.zeros(grid), "gray", alpha=dark.reshape(grid), extent=(0, grid[1], grid[0], 0))
         for block, colour in zip(masks.target[0].tolist(), ("red", "gold", "cyan", "magenta")):
-            height = (block[-1] - block[0]) // grid[1] + 1
-            top, left = divmod(block[0], grid[1])
-            outline = Rectangle((left, top), len(block) / height, height, fill=False, ec=colour, lw=2)
-            axes[2].add_patch(outline)
+            (top, left), (bottom, right) = (divmod(patch, grid[1]) for patch in (block[0], block[-1]))
+            size = right + 1 - left, bottom + 1 - top
+            axes[2].add_patch(Rectangle((left, top), *size, fill=False, ec=colour, lw=2))
     figure.savefig(path, dpi=100)
 
 
@@ -670,12 +620,8 @@ def plot_maps(net, pictures, features, titles, path):
 def run(argv=None):
     """The command line -> exit code, see data.run_command."""
     args = parse_args(argv)
-    command = main
-    if args.eval:
-        command = evaluate
-    elif args.bench:
-        command = bench
-    elif not dist.is_torchelastic_launched() or os.environ["RANK"] == "0":
+    command = evaluate if args.eval else bench if args.bench else main
+    if command is main and (not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"):
         command = data.locked(args.out)(main)  # main inside the lock of OUT: one process writes
     to_lower = "--batch_size or --held_out, or raise --accumulate, which gives the same result"
     return data.run_command(lambda: command(args), to_lower)
