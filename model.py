@@ -22,6 +22,7 @@ import copy
 import hashlib
 import json
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
@@ -621,8 +623,9 @@ def user_errors(what, advice):
     """A block where what loaders raise on a file that is not what it should be becomes a UserError."""
     try:
         yield
-    except Exception as error:  # loaders raise a dozen kinds
-        if isinstance(error, (UserError, MemoryError)) or re.search(OUT_OF_MEMORY, str(error)):
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
+            AssertionError, pickle.UnpicklingError, SafetensorError) as error:
+        if re.search(OUT_OF_MEMORY, str(error)):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{what}: {reason}; {advice}") from error
