@@ -23,6 +23,7 @@ from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import quote
 from urllib.request import urlopen
 from zipfile import ZipFile
 
@@ -127,7 +128,6 @@ ENCODE_BATCH = 32  # images, or texts, in one pass of f_I or f_T
 
 class FeatureCache:
     """The float16 features of `items` (path, texts), in a folder below `root`; encoded if they are not there.
-
     The folder is named by a hash of the encoders, the precision, and the contents of pictures and texts, read
     at each start: a copy of the data needs no new cache, and other data never meet an old one.
 
@@ -354,7 +354,7 @@ def clmlf_split(folder, posts):
     homes = [path.parent for path in folder.rglob("train.json")]
     homes = [home for home in homes if kind in str(home.relative_to(folder)).lower()] or homes
     if len(homes) != 1:
-        raise UserError(f"--split {folder}: {len(homes)} train.json of MVSA-{kind} there or below, not one")
+        raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind}, found {len(homes)}")
     index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
     for name in ("train.json", "dev.json", "test.json"):
         entries = json.loads((homes[0] / name).read_bytes())
@@ -366,7 +366,7 @@ def clmlf_split(folder, posts):
     used = len(np.unique(np.concatenate(parts)))
     notes["listed twice"] = sum(map(len, parts)) - used
     notes["not listed, so not used"] = len(posts) - used
-    if not used or notes["labelled otherwise there"] * 20 > used or notes["listed twice"]:
+    if not all(map(len, parts)) or notes["labelled otherwise there"] * 20 > used or notes["listed twice"]:
         raise UserError(f"--split {homes[0]} is not a split of MVSA-{kind}: {describe(notes)}")
     return parts, notes
 
@@ -484,17 +484,16 @@ def write_toy(root, images=1100, posts=1000, seed=0):
             write_toy_mvsa(single, posts, 1, rng)
             write_toy_mvsa(multi, 2 * posts, 3, rng)
             (toy / "recipe.json").write_bytes(recipe)
-            with suppress(OSError):  # another process was faster
-                os.rename(toy, root)
+            os.rename(toy, root)
     if read_file(root / "recipe.json") != recipe:
         raise UserError(f"{root} exists, but not as toy data of these options: remove it or name another")
 
 
-# ---- Downloads ---------------------------------------------------------------------------------------------
+# ---- Plumbing: downloads, errors, files, locks, the command line -------------------------------------------
 
 COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
 PAUSES = (0, 1, 4, 16)  # seconds before each try
-MOST_FAILURES = 25  # images, each after all tries: then it is the network, and no more are tried
+MOST_FAILURES = 25  # after so many images that cannot be fetched no more are tried: it is the network
 
 
 def fetch(url):
@@ -514,7 +513,7 @@ def fetch_coco(root, images):
     Raises UserError for those that fail; the others are on the disk."""
     def get(path):
         try:
-            atomic_write(path, fetch(f"{COCO_URL}/train2017/{path.name}"))
+            atomic_write(path, fetch(f"{COCO_URL}/train2017/{quote(path.name)}"))
         except UserError as error:
             return str(error)
 
@@ -531,11 +530,7 @@ def fetch_coco(root, images):
             failures = list(islice(filter(None, results), MOST_FAILURES))
         if failures:
             missing = sum(not path.is_file() for path in paths)
-            raise UserError("\n  ".join([f"{missing} of {len(paths)} images are still missing; run again",
-                                        *failures[:3]]))
-
-
-# ---- Errors, files, locks, the command line ----------------------------------------------------------------
+            raise UserError(f"{missing} of {len(paths)} images are still missing: {failures[0]}; run again")
 
 
 def run_command(command, memory):
@@ -563,16 +558,13 @@ def run_command(command, memory):
 
 @contextmanager
 def locked(folder, wait=False):
-    """Make a folder and hold its lock, which any end of the process frees. If taken, wait or UserError."""
+    """Make a folder and hold its lock, which any end of the process frees. If taken, wait, or UserError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not wait:
-                raise UserError(f"another run writes to {folder}: wait, or name another folder") from None
-            print(f"waiting for another process that is writing to {folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            raise UserError(f"another run writes to {folder}: wait, or name another folder") from None
         yield
 
 
@@ -618,14 +610,6 @@ def digest(*contents):
     """A hash of bytes and of what JSON can hold, as 32 hexadecimal digits."""
     parts = [content if isinstance(content, bytes) else json.dumps(content).encode() for content in contents]
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
-
-
-@contextmanager
-def timed(seconds, stage):
-    """Add the seconds that the block takes to the Counter `seconds`, under this name."""
-    start = time.time()
-    yield
-    seconds[stage] += time.time() - start
 
 
 def describe(counts):
