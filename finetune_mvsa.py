@@ -292,8 +292,8 @@ def bootstrap(gains, posts, draws=2000):
 
 def judge(net, loaded, results, lines, args):
     """Split `loaded` {set: (posts, skipped)} as one pool, predict, score: fills `results` {set: its part of
-    results.json} and the `lines` of predictions.csv. A seed's predictions are read from OUT/predictions if all
-    that they depend on is the same."""
+    results.json} and the `lines` of predictions.csv. A seed's predictions in OUT/predictions are reused if
+    they were made from the same."""
     posts = [post for of_set, _ in loaded.values() for post in of_set]
     cache = data.FeatureCache(args.cache, [(post.image, [post.text]) for post in posts], net, args.workers)
     for i in cache.unreadable:
@@ -398,7 +398,7 @@ def make_table(results, config, args, start_share):
 
 def ablation_table(folder):
     """The runs in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation over seeds of pretraining
-    of what a variant ended with and of accuracies, each a mean over the same splits. UserError for none."""
+    of each variant's last figures and of its accuracies, each a mean over splits. UserError for no run."""
     measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
     # {row: (its line, its column)}; what does not depend on pretraining is the same in all runs
     places = {PRETRAINED: ("", "X~"), ONLINE: ("", "X"), TUNED: ("", "X~ fine-tuned"),
@@ -410,8 +410,9 @@ def ablation_table(folder):
         evaluated, judged = (json.loads((out / name).read_text()) for name in ("eval.json", "results.json"))
         if not last["step"] == evaluated["step"] == judged["step"]:
             raise UserError(f"the files of {out} are of different steps: remove it, and run `make ablate`")
+        evaluated["loss"] = last["loss"]
         for name in measured:
-            table[variant][name].append({**evaluated, "loss": last["loss"]}[name])
+            table[variant][name].append(evaluated[name])
         for kind, result in judged["sets"].items():
             for row in places.keys() & result["scores"]:
                 shared, column = places[row]
@@ -433,7 +434,7 @@ def main(args):
         (Path(args.ablate) / "results.md").write_text(table, encoding="utf-8")
         return print(table)
     if args.split and args.protocol != "standard":
-        raise UserError(f"--split is of the standard protocol, not of --protocol {args.protocol}")
+        raise UserError(f"--split is for the standard protocol, not for --protocol {args.protocol}")
     folders = data.find_mvsa(args.mvsa)  # before any model is loaded
     if args.protocol == "authors" and len(folders) < 2:
         raise UserError(f"--protocol authors pools both sets; {args.mvsa} has only {' '.join(folders)}")
