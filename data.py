@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 import time
 from collections import Counter
@@ -41,9 +42,12 @@ CAPTIONS = "annotations/captions_train2017.json"
 COCO_HELP = "name its folder with --coco, or fetch it by `make coco COCO=DIR`"
 MVSA_HELP = "download it by hand: mcrlab.net, or Kaggle's vincemarcs/mvsasingle and vincemarcs/mvsamultiple"
 
-# ---- COCO: pictures, captions, the order of an epoch, the held-out images ----------------------------------
+# What Pillow's decoders raise on bytes that are no image, or not a complete one
+NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, TypeError,
+                struct.error, Image.DecompressionBombError)
 
 
+# ---- COCO: pictures, captions, the order of an epoch, the held-out images ----
 def read_image(path, encoder):
     """Path -> pixels uint8 [3, H, W], upright, squashed (as in the authors' scripts) to the size that f_I
     `encoder` takes: captions are about the edges, too. Raises UserError for what Pillow cannot decode."""
@@ -55,9 +59,7 @@ def read_image(path, encoder):
         with Image.open(BytesIO(content)) as image:
             image.draft(None, (2 * width, 2 * height))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
             image = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), method)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise errors of a dozen kinds
+    except NOT_AN_IMAGE as error:
         raise UserError(f"{path} cannot be read as an image: {error!r:.100}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -121,7 +123,7 @@ def hold_out(cache, count):
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-# ---- The feature cache: f_I and f_T are frozen and pictures are not augmented, so each is encoded once -----
+# ---- The feature cache: f_I and f_T are frozen and pictures are not augmented, so each is encoded once ----
 
 ENCODE_BATCH = 32  # images, or texts, in one pass of f_I or f_T
 
@@ -233,9 +235,7 @@ def read_ahead(load, keys):
             yield ready.result()
 
 
-# ---- MVSA: posts, labels, splits, repeated posts -----------------------------------------------------------
-
-
+# ---- MVSA: posts, labels, splits, repeated posts ----
 @dataclass
 class Post:
     """One post. Ids clash between the two sets, so a post's key is (set, id)."""
@@ -394,7 +394,7 @@ def duplicate_groups(posts):
     return np.array([min(linked.subset(i)) for i in range(len(posts))])
 
 
-# ---- The toy world -----------------------------------------------------------------------------------------
+# ---- The toy world ----
 
 # A picture is four things on grey, two above two, each of one of 3 colours in one of 3 patterns, all equally
 # likely: only the caption, which names the four in reading order, tells a masked one. A colour has 12 words,
@@ -484,12 +484,13 @@ def write_toy(root, images=1100, posts=1000, seed=0):
             write_toy_mvsa(single, posts, 1, rng)
             write_toy_mvsa(multi, 2 * posts, 3, rng)
             (toy / "recipe.json").write_bytes(recipe)
-            os.rename(toy, root)
+            with suppress(OSError):  # another process was faster
+                os.rename(toy, root)
     if read_file(root / "recipe.json") != recipe:
         raise UserError(f"{root} exists, but not as toy data of these options: remove it or name another")
 
 
-# ---- Plumbing: downloads, errors, files, locks, the command line -------------------------------------------
+# ---- Plumbing: downloads, errors, files, locks, the command line ----
 
 COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
 PAUSES = (0, 1, 4, 16)  # seconds before each try
@@ -630,15 +631,10 @@ def number(kind, least, most=sys.float_info.max):
 
 
 def check(coco, mvsa):
-    """Raises UserError for what is missing of both data sets."""
-    missing = []
-    for find, root in ((load_coco, coco), (find_mvsa, mvsa)):
-        try:
-            find(root)
-        except UserError as error:
-            missing.append(str(error))
-    if missing:
-        raise UserError("\n".join(missing))
+    """Raises UserError for what is missing of the two data sets, before hours are spent on one of them."""
+    load_coco(coco)
+    for folder in find_mvsa(mvsa).values():
+        load_mvsa(folder)
 
 
 def run(argv=None):

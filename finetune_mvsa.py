@@ -77,9 +77,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---- Posts -> features and splits --------------------------------------------------------------------------
-
-
+# ---- Posts -> features and splits ----
 def untrained(net, seed):
     """X~ of the same architecture with new random weights: the row that shows what pretraining adds."""
     torch.manual_seed(1000 + seed)  # not the seed that pretraining started from
@@ -137,9 +135,7 @@ def split_posts(posts, args):
     return {seed: data.stratified_split(labels, seed, groups) for seed in args.seeds}, notes, []
 
 
-# ---- Features -> predictions. All labels are passed, but none of a test post is used -----------------------
-
-
+# ---- Features -> predictions. All labels are passed, but none of a test post is used ----
 def fit_probe(x, y, train, validation):
     """Logistic regression of labels [P] on standardised features [P, D], with the C that is best on
     validation -> the probe, its choice {"C", "validation", "loss"}. Raises UserError for a single label."""
@@ -265,9 +261,7 @@ def predict_rows(net, cache, features, y, split, seed, probes, args):
     return {"probabilities": {row: p.tolist() for row, p in probabilities.items()}, "choices": choices}
 
 
-# ---- Predictions -> scores. Before this, test labels only stratify splits ----------------------------------
-
-
+# ---- Predictions -> scores. Before this, test labels only stratify splits ----
 def score(y, predicted, seeds):
     """Labels, predictions and seeds [T] -> {score: [% of each seed], "confusion": [3, 3] of all seeds}."""
     scores = defaultdict(list)
@@ -346,9 +340,7 @@ def judge(net, loaded, results, lines, args):
                             for a in COMPARED for b in COMPARED[a] if a in right and b in right}}
 
 
-# ---- What is written ---------------------------------------------------------------------------------------
-
-
+# ---- What is written ----
 def mean_std(values, digits=2):
     """Numbers -> "mean ± standard deviation", with n - 1; of one number "mean", of none ""."""
     if not values:

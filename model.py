@@ -73,7 +73,7 @@ PRESETS = {
 TEXT_SIZES = {"toy": (96, 0.2e6), MINI_LM: (384, 22.7e6), GTE_BASE: (768, 137e6), GTE_LARGE: (1024, 434e6)}
 
 
-# ---- X, X~ and g -------------------------------------------------------------------------------------------
+# ---- X, X~ and g ----
 class Attention(nn.Module):
     """Multi-head attention from `x` to `memory` (self-attention when they are the same)."""
 
@@ -180,7 +180,7 @@ class Predictor(nn.Module):
         return self.proj(self.norm(x)).unflatten(0, (B, M))  # [B, M, P, target_dim]
 
 
-# ---- Masks -------------------------------------------------------------------------------------------------
+# ---- Masks ----
 class Masks(NamedTuple):
     """Patch indices in raster order; a context shares none with its target blocks. B is 1: for all images."""
     context: torch.Tensor  # [B, C]
@@ -240,7 +240,7 @@ def block_size(grid, area, aspect, generator):
     return tuple(min(max(round(side * size), 1), size) for side, size in zip(sides, grid))
 
 
-# ---- The model: one forward pass is the energy of a pair ---------------------------------------------------
+# ---- The model: one forward pass is the energy of a pair ----
 class Features(NamedTuple):
     """What the frozen encoders output for B pairs of a picture and a caption."""
     s_image: torch.Tensor  # [B, N, D_I]
@@ -400,7 +400,7 @@ class TIJEPA(nn.Module):
         return net.eval(), checkpoint
 
 
-# ---- A regulariser, and measures of collapse ---------------------------------------------------------------
+# ---- A regulariser, and measures of collapse ----
 def sigreg_term(context, seed, step, directions=256, knots=17):
     """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
     on random directions, others at each step, are from a standard normal, by Epps and Pulley: B times the
@@ -429,7 +429,7 @@ def effective_rank(features):
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
 
 
-# ---- f_I and f_T: frozen -----------------------------------------------------------------------------------
+# ---- f_I and f_T: frozen ----
 class ImageEncoder(nn.Module):
     """f_I: a timm ViT without its classifier, with timm's pretrained weights or those of the file `weights`
     (I-JEPA's `.pth.tar`, too). Raises UserError if there is no such ViT, or not all weights fit."""
@@ -552,7 +552,7 @@ def hash_weights(module):
     return digest.hexdigest()
 
 
-# ---- Checkpoints -------------------------------------------------------------------------------------------
+# ---- Checkpoints ----
 
 TRAINED = ("context_encoder", "target_encoder", "predictor")
 CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
@@ -576,7 +576,7 @@ def differences(then, now):
                      for key in now if key in then and then[key] != now[key])
 
 
-# ---- Devices and errors ------------------------------------------------------------------------------------
+# ---- Devices and errors ----
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
 OUT_OF_MEMORY = "out of memory|allocate memory"  # torch's own words, on a GPU and on a CPU

@@ -283,7 +283,7 @@ def main(args):
     return 0
 
 
-# ---- Does the energy mean anything? Held-out pairs, matched and mismatched ---------------------------------
+# ---- Does the energy mean anything? Held-out pairs, matched and mismatched ----
 def wins(own, other):
     """Energies -> 1 where the own caption's is the lower, 0 where the other's is, 0.5 for a tie."""
     return torch.heaviside(other - own, own.new_tensor(0.5))
@@ -383,7 +383,7 @@ def rank_captions(args, net):
     plot_maps(net, [picture], features.pair(ends, ends), [lines[i] for i in ends], path)
 
 
-# ---- A run: its model, its identity, its processes, its end ------------------------------------------------
+# ---- A run: its model, its identity, its processes, its end ----
 def make_config(args, items):
     """The model's Config by the arguments. Only the toy text encoder needs the captions: for their words."""
     preset, words = model.PRESETS[args.preset], set()
@@ -465,7 +465,7 @@ def catch_signals():
         yield signals
 
 
-# ---- --bench: how long will it take here? ------------------------------------------------------------------
+# ---- --bench: how long will it take here? ----
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
 TOKENS = 24  # of a caption, padded to the longest of its batch
@@ -546,7 +546,7 @@ def bench(args, rounds=50, limit=20):
         print(f"{what:44}{value:10.4g}")
 
 
-# ---- Something to look at ----------------------------------------------------------------------------------
+# ---- Something to look at ----
 def plot_curves(log, path):
     """The log lines -> a picture of the numbers against the step; null is a gap."""
     panels = {"training loss, held-out energies": "loss energy_matched energy_mismatched energy_position",
