@@ -11,13 +11,11 @@ import json
 import math
 import os
 import re
-import struct
 import sys
 import time
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from io import BytesIO
@@ -26,8 +24,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
-from urllib.request import Request, urlopen
-from zipfile import BadZipFile, ZipFile
+from urllib.request import urlopen
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -40,21 +38,15 @@ from model import OUT_OF_MEMORY, Features, UserError
 
 LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
 CAPTIONS = "annotations/captions_train2017.json"
-COCO_HELP = "name its folder with --coco, or run `make coco COCO=DIR`, which fetches it from cocodataset.org"
-MVSA_HELP = ("MVSA must be downloaded by hand: www.mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-"
-             "social-data/ or, on Kaggle, vincemarcs/mvsasingle and vincemarcs/mvsamultiple")
+COCO_HELP = "name its folder with --coco, or fetch it by `make coco COCO=DIR`"
+MVSA_HELP = "download it by hand: mcrlab.net, or Kaggle's vincemarcs/mvsasingle and vincemarcs/mvsamultiple"
 
-# ---- Images, and COCO's captions ---------------------------------------------------------------------------
-
-# What Pillow's decoders raise on bytes that are no image, or not a whole one
-NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, TypeError,
-                struct.error, Image.DecompressionBombError)
+# ---- COCO: pictures, captions, the order of an epoch, the held-out images ----------------------------------
 
 
 def read_image(path, encoder):
-    """Path -> pixels uint8 [3, H, W], upright, of the size that f_I `encoder` takes; it normalises them. The
-    picture is squashed, as in the authors' scripts: captions are about the edges, too. Raises UserError if
-    Pillow cannot decode it, OSError if the disk cannot read it."""
+    """Path -> pixels uint8 [3, H, W], upright, squashed (as in the authors' scripts) to the size that f_I
+    `encoder` takes: captions are about the edges, too. Raises UserError for what Pillow cannot decode."""
     (height, width), method = encoder.input_size, Image.Resampling[encoder.interpolation.upper()]
     content = read_file(Path(path))
     if content is None:
@@ -63,19 +55,21 @@ def read_image(path, encoder):
         with Image.open(BytesIO(content)) as image:
             image.draft(None, (2 * width, 2 * height))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
             image = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), method)
-    except NOT_AN_IMAGE as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of a dozen kinds
         raise UserError(f"{path} cannot be read as an image: {error!r:.100}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def parse_captions(content, name):
-    """The bytes of caption file `name` -> ({image id: file name}, {image id: captions}), or UserError."""
+    """The bytes of caption file `name` -> {image id: file name}, {image id: captions}. Raises UserError."""
     try:
         parsed = json.loads(content)
         images = [(image["id"], image["file_name"]) for image in parsed["images"]]
         notes = [(note["image_id"], note["caption"].strip()) for note in parsed["annotations"]]
         if not all(type(i) is int and type(text) is str for i, text in images + notes):  # 1 == 1.0 == True
-            raise TypeError("an id that is no whole number, or a file name or caption that is no text")
+            raise TypeError("an id is not an int, or a file name or caption not a string")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name} is not a COCO caption file: {error!r}; {COCO_HELP}") from error
     files, captions = dict(images), {}
@@ -87,13 +81,12 @@ def parse_captions(content, name):
 
 
 def load_coco(root, limit=0):
-    """COCO 2017 below `root` -> items [(path, captions)] by image id, the first `limit` of them or all, and a
-    Counter of what was skipped. UserError if nothing is left."""
+    """COCO 2017 below `root` -> items [(path, captions)] by image id, the first `limit` of them (0: all), and
+    a Counter of what was skipped. Raises UserError if there is no item."""
     folder, annotations = Path(root) / "train2017", Path(root) / CAPTIONS
     content = read_file(annotations)
-    missing = [str(folder)] * (not folder.is_dir()) + [str(annotations)] * (content is None)
-    if missing:
-        raise UserError(f"COCO 2017 not found: looked for {' and '.join(missing)}\n  {COCO_HELP}")
+    if content is None or not folder.is_dir():
+        raise UserError(f"COCO 2017 not found: looked for {folder} and {annotations}\n  {COCO_HELP}")
     files, captions = parse_captions(content, annotations)
     on_disk = {path.name for path in folder.iterdir()}
     paths = {image: folder / name for image, name in sorted(files.items()) if name in on_disk}
@@ -106,23 +99,20 @@ def load_coco(root, limit=0):
     return items[:limit or None], +skipped  # without zeros
 
 
-# ---- The order of an epoch, and the held-out images --------------------------------------------------------
-
-
 def epoch_order(cache, train, seed, epoch):
-    """One epoch: (images `train` in a new order, the number of a random caption of each). It has no state."""
+    """One epoch -> (the images `train` in a new order, the index of a random caption of each)."""
     rng = np.random.default_rng([seed, epoch])
     images = rng.permutation(train)
     return images, rng.integers(cache.first[images], cache.first[images + 1])
 
 
 def default_held_out(images):
-    """How many of so many images to hold out: 100, or a tenth if that is less."""
+    """How many images to hold out by default: a tenth, at most 100."""
     return min(100, max(2, images // 10))
 
 
 def hold_out(cache, count):
-    """Indices of the readable images to train on and of the `count` to measure on (0: the default): those
+    """Indices of the readable images to train on, and of the `count` to measure on (0: the default): those
     whose hashed file names come first, so that an image that is lost moves no other."""
     count = count or default_held_out(len(cache.readable))
     if not 1 < count < len(cache.readable):
@@ -138,17 +128,16 @@ ENCODE_BATCH = 32  # images, or texts, in one pass of f_I or f_T
 
 class FeatureCache:
     """The float16 features of `items` (path, texts), in a folder below `root`; encoded if they are not there.
+    The folder is named by a hash of the encoders, the precision, and the contents of pictures and texts, read
+    at each start: a copy of the data needs no new cache, and other data never meet an old one.
 
-    The folder is named by a hash of encoders, precision, preprocessing and of the contents, read at each
-    start, of pictures and texts: a copy of the data needs no new cache, and other data never meet an old one.
-
-    `readable` and `unreadable`: indices of items whose picture can be decoded, or not; `digests`: the items'
-    hashes; `first` [I + 1]: each item's first text; `offsets` [texts + 1]: each text's first token.
+    `readable`, `unreadable`: indices of items whose picture can be decoded, or not. `digests`: hashes of the
+    items. `first` [I + 1]: each item's first text. `offsets` [texts + 1]: each text's first token.
     """
 
     def __init__(self, root, items, net, workers):
         self.items, self.net = items, net
-        with ThreadPoolExecutor(workers) as pool:  # a picture's own hash first: its bytes end somewhere
+        with ThreadPoolExecutor(workers) as pool:  # the inner hash says where a picture's bytes end
             self.digests = list(pool.map(lambda item: digest(digest(read_file(item[0])), item[1]), items))
         texts = [text for _, captions in items for text in captions]
         batches = (texts[n:n + 1000] for n in range(0, len(texts), 1000))  # all at once would take GBs
@@ -158,14 +147,14 @@ class FeatureCache:
         self.encoders = net.fingerprint()  # with f_I's size, interpolation, mean and std
         self.key = digest([self.encoders, str(net.dtype), self.digests])
         self.folder = Path(root) / self.key
-        self.shapes = {"image.f16": (len(items), math.prod(net.grid), net.image_encoder.dim),  # by pictures
-                       "text.f16": (sum(tokens), net.text_encoder.dim)}  # by tokens
+        self.shapes = {"image.f16": (len(items), math.prod(net.grid), net.image_encoder.dim),
+                       "text.f16": (sum(tokens), net.text_encoder.dim)}  # all texts, one after another
         sizes = {self.folder / name: 2 * math.prod(shape) for name, shape in self.shapes.items()}  # in bytes
         with locked(self.folder, wait=True):
             if any(not path.is_file() or path.stat().st_size != size for path, size in sizes.items()):
                 self.build(sizes, workers)
-        unreadable = np.isnan(self.map("image.f16")[:, 0, 0])
-        self.readable, self.unreadable = np.flatnonzero(~unreadable), np.flatnonzero(unreadable)
+        readable = ~np.isnan(self.map("image.f16")[:, 0, 0])
+        self.readable, self.unreadable = np.flatnonzero(readable), np.flatnonzero(~readable)
         longest = net.text_encoder.max_tokens
         cut = sum(length >= longest for length in tokens)
         note = f"; {cut} have {longest} tokens or more: f_T reads {longest}" if cut else ""
@@ -176,17 +165,16 @@ class FeatureCache:
             self.on_device = {name: torch.tensor(self.map(name), device=net.device) for name in self.shapes}
 
     def build(self, sizes, workers):
-        """Encode all items into files {path: bytes}. A file gets its name when it is complete."""
+        """Encode all items into files of `sizes` {path: bytes}, which get their names when complete."""
         chunks = [self.items[n:n + ENCODE_BATCH] for n in range(0, len(self.items), ENCODE_BATCH)]
-        with ExitStack() as stack:
-            files = [stack.enter_context(replacing(path)) for path in sizes]
-            pool = stack.enter_context(ThreadPoolExecutor(workers))
+        images, texts = map(replacing, sizes)
+        with images as image_file, texts as text_file, ThreadPoolExecutor(workers) as pool:
             decoded = read_ahead(lambda chunk: list(pool.map(self.decode, chunk)), chunks)
             for chunk, pictures in zip(tqdm(chunks, "encode", unit=f" x {ENCODE_BATCH} images"), decoded):
-                texts = [text for _, captions in chunk for text in captions]
-                for file, features in zip(files, self.encode(pictures, texts)):
-                    file.write(features.numpy().tobytes())
-            assert [file.tell() for file in files] == list(sizes.values())  # or rows are misplaced
+                s_image, s_text = self.encode(pictures, [text for _, captions in chunk for text in captions])
+                image_file.write(s_image.numpy().tobytes())
+                text_file.write(s_text.numpy().tobytes())
+            assert [image_file.tell(), text_file.tell()] == [*sizes.values()]  # or rows are misplaced
 
     def decode(self, item):
         """An item's picture -> uint8 [3, H, W], or None if it is no image."""
@@ -196,7 +184,7 @@ class FeatureCache:
             print(f"skipped: {error}", file=sys.stderr)
 
     def encode(self, pictures, texts):
-        """Pictures, all their texts -> float16 patches [B, N, D_I], NaN for no picture, tokens [T, D_T]."""
+        """Pictures, and all their texts -> float16 [B, N, D_I], NaN for no picture, and [tokens, D_T]"""
         readable = [i for i, picture in enumerate(pictures) if picture is not None]
         s_image = torch.full((len(pictures), *self.shapes["image.f16"][1:]), np.nan, dtype=torch.float16)
         if readable:
@@ -245,7 +233,7 @@ def read_ahead(load, keys):
             yield ready.result()
 
 
-# ---- MVSA --------------------------------------------------------------------------------------------------
+# ---- MVSA: posts, labels, splits, repeated posts -----------------------------------------------------------
 
 
 @dataclass
@@ -266,16 +254,15 @@ def merge_labels(text, image):
 
 
 def read_labels(path):
-    """labelResultAll.txt -> ("single" or "multi", {id: label} of the posts to use, {id: reason} of others). A
-    pair text,image for each annotator: one in Single, three in Multi. Any other format: UserError."""
-    text = (read_file(path) or b"").decode("utf-8-sig", "surrogateescape")  # other bytes match no pattern
+    """labelResultAll.txt, with a pair text,image by each annotator, one in Single and three in Multi ->
+    "single" or "multi", {id: label} of the posts to use, {id: reason} of the others. Raises UserError."""
+    text = (read_file(path) or b"").decode("utf-8-sig", "replace")  # other bytes match no pattern
     lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
     (_, header), *rows = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()] or [(1, "")]
     annotators = header.count("\t")
     if annotators not in (1, 3) or "".join(header.lower().split()) != "id" + "text,image" * annotators:
         raise UserError(f"{path} is not the label file: the first line must be ID, 1 or 3 times text,image")
-    word = rf"\s*({'|'.join(LABELS)})\s*"
-    post_id = r"\s*([!-~](?:[ -~]*[!-~])?)\s*"  # printable ASCII; the official ones are numbers
+    word, post_id = rf"\s*({'|'.join(LABELS)})\s*", r"\s*([!-~][ -~]*?)\s*"  # an id is printable ASCII
     pattern = re.compile(post_id + rf"\t{word},{word}" * annotators, re.IGNORECASE | re.ASCII)
     labels, skipped = {}, {}
     for n, line in rows:
@@ -283,8 +270,7 @@ def read_labels(path):
         if not match or match[1] in labels or match[1] in skipped:
             raise UserError(f"{path}, line {n}: not a new id and {annotators} times text,image of {LABELS}")
         post, *votes = match.groups()
-        # What more than half of the annotators say of the text, and of the image
-        sides = [[vote.lower() for vote in votes[side::2]] for side in (0, 1)]
+        sides = [[vote.lower() for vote in votes[side::2]] for side in (0, 1)]  # of the text, of the image
         majority = [label for side in sides for label in LABELS if 2 * side.count(label) > annotators]
         label = merge_labels(*majority) if len(majority) == 2 else None
         if label:
@@ -295,13 +281,10 @@ def read_labels(path):
 
 
 def find_mvsa(root):
-    """{"single": folder, "multi": folder}, or one of them: `root` or folders up to two levels below, of any
-    name: the label file's header tells the set. Raises UserError for none or two of a kind."""
-    folders = {}
-    levels = ("labelResultAll.txt", "*/labelResultAll.txt", "*/*/labelResultAll.txt")
+    """Folder -> {"single": folder, "multi": folder}, or one of them: `root`, or up to two levels below, by
+    any name: the label file's header tells the set. Raises UserError for none, or two of one set."""
+    folders, levels = {}, ("labelResultAll.txt", "*/labelResultAll.txt", "*/*/labelResultAll.txt")
     for path in sorted(path for level in levels for path in Path(root).glob(level)):
-        if not (path.parent / "data").is_dir():
-            raise UserError(f"{path} has no folder {path.parent / 'data'} beside it\n  {MVSA_HELP}")
         kind = read_labels(path)[0]
         if kind in folders:
             raise UserError(f"two folders hold MVSA-{kind}: {folders[kind]} and {path.parent}; keep one")
@@ -312,7 +295,7 @@ def find_mvsa(root):
 
 
 def load_mvsa(folder):
-    """One MVSA folder -> (posts in the label file's order, Counter of what was skipped). Decodes no image."""
+    """One MVSA folder -> posts in the label file's order, Counter of what was skipped. Decodes no image."""
     path = Path(folder) / "labelResultAll.txt"
     kind, labels, dropped = read_labels(path)
     posts, skipped = [], Counter(dropped.values())
@@ -334,9 +317,6 @@ def decode_text(content):
     for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030", "latin-1"):  # Latin-1 takes any bytes
         with suppress(UnicodeDecodeError):
             return content.decode(encoding).strip()
-
-
-# ---- Splits of the posts, and repeated posts ---------------------------------------------------------------
 
 
 def stratified_split(labels, seed, groups=None):
@@ -368,17 +348,17 @@ def random_split(labels, seed):
 
 
 def clmlf_split(folder, posts):
-    """CLMLF's train.json, dev.json and test.json in `folder` or below, of several those whose path names the
-    set of `posts`, "single" or "multi" -> (indices of each, Counter of what did not match), or UserError."""
+    """CLMLF's train.json, dev.json and test.json, in `folder` or below (of several: where the path names the
+    set of `posts`) -> indices of each, Counter of what does not match. Raises UserError."""
     folder, kind = Path(folder), posts[0].set
-    homes = [path.parent for path in sorted(folder.rglob("train.json"))]
+    homes = [path.parent for path in folder.rglob("train.json")]
     homes = [home for home in homes if kind in str(home.relative_to(folder)).lower()] or homes
     if len(homes) != 1:
-        raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind} there or below, with "
-                        f"'{kind}' in its path; found {len(homes)}: {', '.join(map(str, homes))}")
+        raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind}, found {len(homes)}")
     index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
-    for path in (homes[0] / name for name in ("train.json", "dev.json", "test.json")):
-        listed = [(str(entry["id"]), entry["emotion_label"]) for entry in json.loads(path.read_bytes())]
+    for name in ("train.json", "dev.json", "test.json"):
+        entries = json.loads((homes[0] / name).read_bytes())
+        listed = [(str(entry["id"]), entry["emotion_label"]) for entry in entries]
         known = [(index[post], label) for post, label in listed if post in index]
         notes["listed, but not among the posts"] += len(listed) - len(known)
         notes["labelled otherwise there"] += sum(posts[i].label != label for i, label in known)
@@ -386,37 +366,36 @@ def clmlf_split(folder, posts):
     used = len(np.unique(np.concatenate(parts)))
     notes["listed twice"] = sum(map(len, parts)) - used
     notes["not listed, so not used"] = len(posts) - used
-    if not used or notes["labelled otherwise there"] * 20 > used or notes["listed twice"]:
+    if not all(map(len, parts)) or notes["labelled otherwise there"] * 20 > used or notes["listed twice"]:
         raise UserError(f"--split {homes[0]} is not a split of MVSA-{kind}: {describe(notes)}")
     return parts, notes
 
 
 def post_keys(post):
-    """What makes two posts repeats: the bytes of the image, and the words if there are any. Words are what is
-    left when a post is sent again: without links, mentions, punctuation and case."""
+    """Two posts that share one of these are repeats: the image's bytes; the words, if there are any, without
+    what changes when a post is sent again: links, mentions, punctuation and case."""
     text = re.sub(r"https?\S+|www\.\S+|\brt\s+@\w+|@\w+", " ", post.text.lower())
     words = " ".join(re.sub(r"[\W_]+", " ", text).split())
     return [("image", digest(read_file(post.image)))] + [("words", words)] * bool(words)
 
 
 def repeats(posts, train, *parts):
-    """For each part [(what, index)] of its posts that have the image or the words of a post of `train`."""
+    """Each part -> [("image" or "words", index)] of its posts that share them with a post of `train`."""
     seen = {key for i in train for key in post_keys(posts[i])}
     return [[(key[0], i) for i in part for key in post_keys(posts[i]) if key in seen] for part in parts]
 
 
 def duplicate_groups(posts):
-    """Posts -> [P] the first of all posts that the same image bytes or the same words link to each."""
+    """Posts -> [P]: the first of all posts that are linked to each by the same image or the same words."""
     first, linked = {}, DisjointSet(range(len(posts)))
     for i, post in enumerate(posts):
         for key in post_keys(post):
             linked.merge(i, first.setdefault(key, i))
-    number = {}  # of a group, by the post that DisjointSet names it by
-    return np.array([number.setdefault(linked[i], i) for i in range(len(posts))])
+    return np.array([min(linked.subset(i)) for i in range(len(posts))])
 
 
 # ---- The toy world -----------------------------------------------------------------------------------------
-#
+
 # A picture is four things on grey, two above two, each of one of 3 colours in one of 3 patterns, all equally
 # likely: only the caption, which names the four in reading order, tells a masked one. A colour has 12 words,
 # whose meaning is seen only beside pictures, and a mood: a post's picture has that of most of its things, its
@@ -463,10 +442,10 @@ def write_toy_coco(root, count, rng):
 
 
 def write_toy_mvsa(root, count, voters, rng):
-    """MVSA's layout: `count` posts to keep; conflicts, missing majorities (Multi), a broken image, GBK."""
+    """MVSA's layout: `count` usable posts, conflicts, missing majorities (Multi), a broken image, GBK."""
     folder = root / "data"
-    rows, kept = [["ID"] + ["text,image"] * voters], 0
-    while kept < count:
+    rows, usable = [["ID"] + ["text,image"] * voters], 0
+    while usable < count:
         number = len(rows)
         text, image = rng.integers(3, size=2)
         votes = [[text, image] for _ in range(voters)]
@@ -475,7 +454,7 @@ def write_toy_mvsa(root, count, voters, rng):
         undecided = voters == 3 and number % 25 == 0
         if undecided:
             votes = [[vote, image] for vote in range(3)]
-        kept += bool(merge_labels(LABELS[text], LABELS[image]) and not undecided)
+        usable += bool(merge_labels(LABELS[text], LABELS[image]) and not undecided)
         rows.append([str(number)] + [f"{LABELS[t]},{LABELS[i]}" for t, i in votes])
         shown = rng.integers(3, size=(4, 2))
         shown[rng.random(4) < 0.8, 0] = image  # the mood of most things in the picture
@@ -491,7 +470,7 @@ def write_toy_mvsa(root, count, voters, rng):
 
 
 def write_toy(root, images=1100, posts=1000, seed=0):
-    """Write coco/ and mvsa/, always the same bytes, unless they are there. UserError if other files are."""
+    """Write coco/ and mvsa/, always the same bytes, unless they are there. Raises UserError if others are."""
     recipe = json.dumps({"images": images, "posts": posts, "seed": seed}, indent=1).encode()
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -505,25 +484,24 @@ def write_toy(root, images=1100, posts=1000, seed=0):
             write_toy_mvsa(single, posts, 1, rng)
             write_toy_mvsa(multi, 2 * posts, 3, rng)
             (toy / "recipe.json").write_bytes(recipe)
-            with suppress(OSError):  # another process was faster
-                os.rename(toy, root)
+            os.rename(toy, root)
     if read_file(root / "recipe.json") != recipe:
         raise UserError(f"{root} exists, but not as toy data of these options: remove it or name another")
 
 
-# ---- Downloads ---------------------------------------------------------------------------------------------
+# ---- Plumbing: downloads, errors, files, locks, the command line -------------------------------------------
 
 COCO_URL = "http://images.cocodataset.org"  # its https has another name's certificate
 PAUSES = (0, 1, 4, 16)  # seconds before each try
-MOST_FAILURES = 25  # images, each after all tries: then it is the network, and no more are tried
+MOST_FAILURES = 25  # after so many images that cannot be fetched no more are tried: it is the network
 
 
 def fetch(url):
-    """The bytes at `url`, after several tries if need be; then UserError."""
+    """The bytes at `url`. Raises UserError after several tries."""
     for pause in PAUSES:
         time.sleep(pause)
         try:
-            with urlopen(Request(url, headers={"User-Agent": "ti-jepa"}), timeout=30) as answer:
+            with urlopen(url, timeout=30) as answer:
                 return answer.read()  # raises HTTPException if the connection ends too early
         except (OSError, HTTPException) as error:
             reason = error
@@ -532,7 +510,7 @@ def fetch(url):
 
 def fetch_coco(root, images):
     """Fetch the captions and images that load_coco(root, images) takes, 16 at a time, unless they are there.
-    UserError names the first that fail; the others are on the disk."""
+    Raises UserError for those that fail; the others are on the disk."""
     def get(path):
         try:
             atomic_write(path, fetch(f"{COCO_URL}/train2017/{quote(path.name)}"))
@@ -540,14 +518,9 @@ def fetch_coco(root, images):
             return str(error)
 
     with locked(root):
-        (root / "annotations").mkdir(exist_ok=True)
-        (root / "train2017").mkdir(exist_ok=True)
         if not (root / CAPTIONS).is_file():
-            url = f"{COCO_URL}/annotations/annotations_trainval2017.zip"
-            try:
-                atomic_write(root / CAPTIONS, ZipFile(BytesIO(fetch(url))).read(CAPTIONS))
-            except (BadZipFile, KeyError, zlib.error) as error:
-                raise UserError(f"{url} is no zip file with {CAPTIONS}: {error}") from error
+            archive = ZipFile(BytesIO(fetch(f"{COCO_URL}/annotations/annotations_trainval2017.zip")))
+            atomic_write(root / CAPTIONS, archive.read(CAPTIONS))
         files, captions = parse_captions((root / CAPTIONS).read_bytes(), root / CAPTIONS)
         names = [Path(name).name for image, name in sorted(files.items()) if image in captions]
         paths = [root / "train2017" / name for name in names[:images or None]]
@@ -556,26 +529,22 @@ def fetch_coco(root, images):
             results = tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing)
             failures = list(islice(filter(None, results), MOST_FAILURES))
         if failures:
-            lacking = sum(not path.is_file() for path in paths)
-            raise UserError(f"{lacking} of {len(paths)} images are still missing; run again\n  "
-                            + "\n  ".join(failures[:3]))
-
-
-# ---- Errors, files and locks -------------------------------------------------------------------------------
+            missing = sum(not path.is_file() for path in paths)
+            raise UserError(f"{missing} of {len(paths)} images are still missing: {failures[0]}; run again")
 
 
 def run_command(command, memory):
-    """command() -> its exit code, or after a sentence 2 for what the user can mend (`memory`: the options to
-    lower), 1 for a loss that is not finite, 130 for Ctrl-C."""
+    """command() -> its exit code; or, after a sentence, 2 for what the user can mend (`memory`: options to
+    lower), 1 for a number that is not finite, 130 for Ctrl-C."""
     code = 2
     try:
         return command() or 0
-    except UserError as error:
-        text = error
-    except FloatingPointError as error:
-        code, text = 1, error
     except KeyboardInterrupt:
         code, text = 130, "interrupted; finished caches and seeds and the last checkpoint are on the disk"
+    except FloatingPointError as error:
+        code, text = 1, error
+    except UserError as error:
+        text = error
     except OSError as error:
         text = (f"{error.filename or 'a file'} cannot be written or read: {error.strerror or error}; "
                 "mend it, or name another folder (--out, --cache)")
@@ -589,21 +558,18 @@ def run_command(command, memory):
 
 @contextmanager
 def locked(folder, wait=False):
-    """Make a folder and hold its lock, which any end of the process frees. If taken, wait or UserError."""
+    """Make a folder and hold its lock, which any end of the process frees. If taken, wait, or UserError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not wait:
-                raise UserError(f"another run writes to {folder}: wait, or name another folder") from None
-            print(f"waiting for another process that is writing to {folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            raise UserError(f"another run writes to {folder}: wait, or name another folder") from None
         yield
 
 
 def read_file(path):
-    """The bytes of a regular file; None if it is not there or is a folder, or a pipe, which would never end.
+    """The bytes of a file, or None if there is none, or a folder, or a pipe, which would never end. Raises an
     OSError with its name if it cannot be read."""
     try:
         return path.read_bytes() if path.is_file() else None
@@ -616,6 +582,7 @@ def read_file(path):
 def replacing(path):
     """A file to write bytes to, which takes the place of `path` when the block ends: never half written."""
     part = path.with_name(path.name + ".tmp")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             yield file
@@ -645,20 +612,9 @@ def digest(*contents):
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
-@contextmanager
-def timed(seconds, stage):
-    """Add the seconds that the block takes to the Counter `seconds`, under this name."""
-    start = time.time()
-    yield
-    seconds[stage] += time.time() - start
-
-
 def describe(counts):
     """{what: how many} in words."""
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none"
-
-
-# ---- The command line --------------------------------------------------------------------------------------
 
 
 def number(kind, least, most=sys.float_info.max):
@@ -693,7 +649,6 @@ def run(argv=None):
     toy.add_argument("root", metavar="dir", type=Path, help="folder to make; gets coco/ and mvsa/")
     toy.add_argument("--images", **number(int, 1), default=1100, help="pictures with captions (1100)")
     toy.add_argument("--posts", **number(int, 1), default=1000, help="of Single (1000); Multi has twice that")
-    toy.add_argument("--seed", **number(int, 0), default=0, help="the same seed (0) gives the same bytes")
     both = commands.add_parser("check", help="look for the data")
     both.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
     both.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")

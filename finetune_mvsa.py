@@ -2,12 +2,10 @@
 
     python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --mvsa data/toy/mvsa --out out/toy
 
-Writes to OUT, with the protocol in the name unless it is `standard`: the table (results.md), every number
-(results.json), each test post's probabilities by row and seed, from which all scores come (predictions.csv),
-the last row's confusion matrix (confusion.png). predictions/ has those of each finished seed, to be reused.
-
-All choices are made on validation; the test posts are scored once. README.md explains protocols and modes.
-Weighted F1 is the "F1" of MVSA papers; macro F1, the mean over classes, shows one that is never found.
+Writes to OUT, with the protocol in the name unless it is `standard`: results.md, the table; results.json, all
+numbers; predictions.csv, the probabilities of each test post, from which all scores come; confusion.png, of
+the last row; predictions/, those of each finished seed, to be reused. All choices are made on validation. The
+"F1" of MVSA papers is the weighted one; macro F1 is low if a class is never predicted. See README.md, too.
 """
 import argparse
 import copy
@@ -16,7 +14,8 @@ import json
 import math
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +32,9 @@ import data
 import model
 from model import UserError
 
-# The grids, each searched whole on validation
-REGULARISATION = (1e-3, 1e-2, 1e-1)  # C of the logistic regression
-LEARNING_RATES = (1e-4, 5e-4)  # of the encoder and the head
-BATCH = 32  # posts at a time, in a training step and where nothing is trained
+REGULARISATION = (1e-3, 1e-2, 1e-1)  # C of the logistic regression, chosen on validation
+LEARNING_RATES = (1e-4, 5e-4)  # of fine-tuning, chosen on validation
+BATCH = 32  # posts at a time, in training and in prediction
 MAJORITY, CONCAT = "majority class", "text + image concatenated"
 TEXT, IMAGE = "text only", "image only"
 UNTRAINED, PRETRAINED = "TI-JEPA, X~ untrained", "TI-JEPA, pretrained"
@@ -91,15 +89,15 @@ def untrained(net, seed):
 
 
 def batches(cache, rows):
-    """The features of these items of a cache, each with its first text, BATCH at a time."""
+    """Features of these items of a cache, each with its first text, BATCH at a time."""
     parts = np.split(rows, range(BATCH, len(rows), BATCH))
     return cache.batches((part, cache.first[part]) for part in parts)
 
 
 @torch.no_grad()
 def extract_features(net, cache, seeds):
-    """The frozen features of all readable posts in one pass: {row: [P, D] array}; the untrained X~ of each
-    seed under (row, seed). The empty picture is f_I's mean colour, the empty text has no words."""
+    """The frozen features of all readable posts: {row: array [P, D]}, where the row of the untrained X~ is
+    (row, seed). The empty picture is f_I's mean colour, the empty text has no words."""
     encoders = {(UNTRAINED, seed): untrained(net, seed) for seed in seeds}
     encoders |= {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
     colour = (255 * net.image_encoder.mean).round().to(torch.uint8)  # [3, 1, 1]
@@ -121,74 +119,71 @@ def extract_features(net, cache, seeds):
 
 
 def split_posts(posts, args):
-    """Posts -> ({seed: (train, validation, test) indices}, notes for the table {what: how many}, with
-    --split the test posts that repeat a training post)."""
-    labels, seeds = [post.label for post in posts], args.seeds
+    """Posts -> {seed: indices of train, validation, test}, notes for the table {what: how many}, and with
+    --split the test posts that repeat a training post."""
+    labels, groups, notes = [post.label for post in posts], None, {}
     if args.split:
         parts, notes = data.clmlf_split(args.split, posts)
         repeats = data.repeats(posts, *parts)
         for name, repeated in zip(("validation", "test"), repeats):
             notes.update(f"{name} posts with the {what} of a training post" for what, _ in repeated)
-        return dict.fromkeys(seeds, parts), notes, [i for _, i in repeats[1]]
-    if args.protocol == "standard":
-        return {seed: data.stratified_split(labels, seed) for seed in seeds}, {}, []
+        return dict.fromkeys(args.seeds, parts), notes, [i for _, i in repeats[1]]
+    if args.protocol == "authors":
+        return {seed: data.random_split(labels, seed) for seed in args.seeds}, notes, []
     if args.protocol == "grouped":
         groups = data.duplicate_groups(posts)
         sizes = [size for size in np.bincount(groups).tolist() if size > 1]
         notes = {"groups of repeated posts": len(sizes), "posts in them": sum(sizes)}
-        return {seed: data.stratified_split(labels, seed, groups) for seed in seeds}, notes, []
-    return {seed: data.random_split(labels, seed) for seed in seeds}, {}, []
+    return {seed: data.stratified_split(labels, seed, groups) for seed in args.seeds}, notes, []
 
 
 # ---- Features -> predictions. All labels are passed, but none of a test post is used -----------------------
 
 
 def fit_probe(x, y, train, validation):
-    """Logistic regression of labels [P] on standardised features [P, D], of the C that is best on validation
-    (of equals the smallest) -> (scikit-learn's pipeline, its choice {"C", "validation", "loss"}). Raises
-    UserError if the training posts all have one label."""
+    """Logistic regression of labels [P] on standardised features [P, D], with the C that is best on
+    validation -> the probe, its choice {"C", "validation", "loss"}. Raises UserError for a single label."""
     if len(np.unique(y[train])) < 2:
         raise UserError(f"all training posts are {data.LABELS[y[train][0]]}: a probe needs two labels")
     fitted = []
     for c in REGULARISATION:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
         probe.fit(x[train], y[train])
-        choice = {"C": c, **validate(probabilities_of(probe, x[validation]), y[validation])}
-        fitted.append((probe, choice))
-    return max(fitted, key=lambda one: one[1]["validation"])  # the first of equals
+        fitted.append((probe, {"C": c, **validate(probabilities_of(probe, x[validation]), y[validation])}))
+    return max(fitted, key=lambda one: one[1]["validation"])  # of equals the first
 
 
 def probabilities_of(probe, x):
-    """A fitted probe and features [P, D] -> [P, 3]; 0 for a label that no training post has."""
+    """A fitted probe, features [P, D] -> probabilities [P, 3], 0 of a label that no training post has."""
     probabilities = np.zeros((len(x), len(data.LABELS)))
     probabilities[:, probe.classes_] = probe.predict_proba(x)
     return probabilities
 
 
 def head_of(probe):
-    """A fitted probe -> the same function of features as they are, not standardised: a Linear to 3 logits."""
-    scaler, regression = probe[0], probe[1]
-    weight, bias = regression.coef_.astype(float), regression.intercept_.astype(float)
+    """A fitted probe -> the same function of features that are not standardised: a Linear to 3 logits."""
+    scaler, regression = probe
+    weight = regression.coef_ / scaler.scale_
+    bias = regression.intercept_ - weight @ scaler.mean_
     if len(weight) == 1:  # of two labels scikit-learn has the second's log odds alone
         weight, bias = np.vstack([-weight / 2, weight / 2]), np.hstack([-bias / 2, bias / 2])
-    weight = weight / scaler.scale_
     head = torch.nn.Linear(weight.shape[1], len(data.LABELS)).requires_grad_(False)
     head.weight.zero_()
     head.bias.fill_(-30.0)  # a label that no training post has stays impossible
-    head.weight[regression.classes_] = torch.from_numpy(weight).float()
-    head.bias[regression.classes_] = torch.from_numpy(bias - weight @ scaler.mean_).float()
+    head.weight[probe.classes_] = torch.from_numpy(weight).float()
+    head.bias[probe.classes_] = torch.from_numpy(bias).float()
     return head
 
 
 def validate(probabilities, y):
-    """Probabilities [V, 3] at labels [V] -> the two that choices go by: accuracy and mean cross-entropy."""
+    """Probabilities [V, 3], labels [V] -> what choices go by: accuracy and mean cross-entropy."""
     loss = -np.log(np.maximum(probabilities[np.arange(len(y)), y], 1e-7)).mean()
     return {"validation": metrics.accuracy_score(y, probabilities.argmax(1)), "loss": float(loss)}
 
 
 class Classifier(torch.nn.Module):
-    """An encoder (X~, X or untrained) and a linear head on the mean of its tokens, starting as the probe,
-    so that the first steps do not spoil the features for a head that knows nothing (Kumar et al. 2022)."""
+    """An encoder (X~, X or untrained) and a linear head on the mean of its tokens, which starts as the probe:
+    a random head would spoil the features in the first steps (Kumar et al. 2022)."""
 
     def __init__(self, net, encoder, probe):
         super().__init__()
@@ -201,22 +196,16 @@ class Classifier(torch.nn.Module):
         return self.head(pooled.float())  # [B, 3], in float32
 
 
-def patches_to_tune(N):
-    """How many random patches of N a step of fine-tuning takes. A token of X does not depend on the others,
-    so the mean over some is an unbiased estimate of the mean over all."""
-    return max(9, math.ceil(N / 16))  # with 5 of the toy's 36, one random start in five did not learn
-
-
 def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, seed):
-    """Train encoder and head from the probe on -> (Classifier, its choice).
+    """Train encoder and head from the probe on -> Classifier, its choice. A step takes a few random patches:
+    no token of X depends on the others, so their mean is an unbiased estimate of the mean over all.
 
-    A learning rate is tried until the first epoch that is worse on validation by cross-entropy (of a few
-    hundred posts, accuracy hardly tells two epochs apart). The best epoch of all is kept; 0 is the probe."""
-    classifier = Classifier(net, encoder, probe)
-    start = best = copy.deepcopy(classifier.state_dict())
+    Each learning rate is tried until the first epoch with a higher cross-entropy on validation (of a few
+    hundred posts, accuracy hardly tells two epochs apart). The best epoch is taken; epoch 0 is the probe."""
+    best = Classifier(net, encoder, probe).state_dict()
     probe_loss, choice = choice["loss"], {**choice, "lr": None, "epoch": 0}
     for lr in LEARNING_RATES:
-        classifier.load_state_dict(start)
+        classifier = Classifier(net, encoder, probe)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
         scaler = torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
         rng, lowest = np.random.default_rng(seed), probe_loss
@@ -224,8 +213,8 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
             order = rng.permutation(train)
             labels = torch.from_numpy(y[order]).to(net.device).split(BATCH)
             for y_batch, (s_image, *text) in zip(labels, batches(cache, cache.readable[order])):
-                B, N = s_image.shape[:2]
-                drawn = rng.random((B, N)).argsort(1)[:, :patches_to_tune(N)]  # [B, few]
+                few = max(9, math.ceil(s_image.shape[1] / 16))  # with 5 of the toy's 36, learning often fails
+                drawn = rng.random(s_image.shape[:2]).argsort(1)[:, :few]  # [B, few]
                 s_image = model.gather(s_image, torch.from_numpy(drawn).to(net.device))
                 loss = F.cross_entropy(classifier(s_image, *text), y_batch)
                 scaler.scale(loss).backward()
@@ -253,8 +242,8 @@ def predict(classifier, cache, part):
 
 
 def predict_rows(net, cache, features, y, split, seed, probes, args):
-    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}. `probes` keeps
-    the fitted ones of a split: but for the untrained X~ all seeds share them."""
+    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}. `probes` has
+    those already fitted on this split: all seeds share them, but for the untrained X~."""
     train, validation, test = split
     probabilities, choices = {}, {}
     for row in [row for mode in ROWS if mode in args.mode for row in ROWS[mode]]:
@@ -268,12 +257,11 @@ def predict_rows(net, cache, features, y, split, seed, probes, args):
         probe, choices[row] = probes[key]
         if row == start:
             probabilities[row] = probabilities_of(probe, features[key][test])
-            continue
-        encoders = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
-        encoder = encoders.get(start) or untrained(net, seed)
-        classifier, choices[row] = finetune(net, encoder, probe, choices[row], cache, y, train, validation,
-                                            args.finetune_epochs, seed)
-        probabilities[row] = predict(classifier, cache, test)
+        else:
+            encoder = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}.get(start)
+            classifier, choices[row] = finetune(net, encoder or untrained(net, seed), probe, choices[row],
+                                                cache, y, train, validation, args.finetune_epochs, seed)
+            probabilities[row] = predict(classifier, cache, test)
     return {"probabilities": {row: p.tolist() for row, p in probabilities.items()}, "choices": choices}
 
 
@@ -281,18 +269,19 @@ def predict_rows(net, cache, features, y, split, seed, probes, args):
 
 
 def score(y, predicted, seeds):
-    """Labels, predictions and seeds [T] -> {score: [% for each seed]}, "confusion" [3, 3] of all seeds."""
-    scores = []
+    """Labels, predictions and seeds [T] -> {score: [% of each seed], "confusion": [3, 3] of all seeds}."""
+    scores = defaultdict(list)
     for seed in dict.fromkeys(seeds):  # in their order
         pair = y[seeds == seed], predicted[seeds == seed]
-        f1 = [metrics.f1_score(*pair, average=average) for average in ("weighted", "macro")]
-        scores.append([metrics.accuracy_score(*pair), *f1])
-    return {**dict(zip(("accuracy", "weighted F1", "macro F1"), (100 * np.transpose(scores)).tolist())),
-            "confusion": metrics.confusion_matrix(y, predicted, labels=range(len(data.LABELS))).tolist()}
+        scores["accuracy"].append(100 * metrics.accuracy_score(*pair))
+        for average in ("weighted", "macro"):
+            scores[f"{average} F1"].append(100 * metrics.f1_score(*pair, average=average))
+    scores["confusion"] = metrics.confusion_matrix(y, predicted, labels=range(len(data.LABELS))).tolist()
+    return scores
 
 
 def bootstrap(gains, posts, draws=2000):
-    """Tests [T] of these posts, 1 where only one row is right, -1 where only another is, else 0 -> points of
+    """Gains [T] of one row over another (1: only it is right, -1: only the other) and posts [T] -> points of
     accuracy [difference, low, high], a 95 % interval over resampled posts, each with all seeds' tests."""
     _, index, counts = np.unique(posts, return_inverse=True, return_counts=True)
     sums, P = np.bincount(index, gains), len(counts)
@@ -301,83 +290,67 @@ def bootstrap(gains, posts, draws=2000):
     return [100 * float(value) for value in (gains.mean(), low, high)]
 
 
-def read_json(path):
-    """The object in a JSON file of ours, {} if it is not there, cut off or something else."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def judge(net, loaded, results, lines, args):
-    """Split {set: (posts, skipped)} as one pool, predict, score: fills `results` {set: its part of
-    results.json} and the `lines` of predictions.csv. A seed's predictions are read back from OUT/predictions
-    if all that they depend on is the same."""
+    """Split `loaded` {set: (posts, skipped)} as one pool, predict, score: fills `results` {set: its part of
+    results.json} and the `lines` of predictions.csv. A seed's predictions in OUT/predictions are reused if
+    they were made from the same."""
     posts = [post for of_set, _ in loaded.values() for post in of_set]
-    items = [(post.image, [post.text]) for post in posts]
-    cache = data.FeatureCache(args.cache, items, net, args.workers)
+    cache = data.FeatureCache(args.cache, [(post.image, [post.text]) for post in posts], net, args.workers)
     for i in cache.unreadable:
         loaded[posts[i].set][1]["unreadable image"] += 1
     if not len(cache.readable):
         raise UserError(f"no image of {NAMES[posts[0].set]} in {posts[0].image.parent} can be read")
     posts = [posts[i] for i in cache.readable]  # from here on, indices are of these
-    sets = np.array([post.set for post in posts])
-    labels = np.array([post.label for post in posts])
+    sets, labels = np.array([post.set for post in posts]), np.array([post.label for post in posts])
     splits, notes, repeated = split_posts(posts, args)
-    for kind in loaded:
-        if not all(kind in sets[test] for _, _, test in splits.values()):
-            raise UserError(f"a seed tests no post of {NAMES[kind]}: it has too few that can be read")
+    tested = np.concatenate([test for _, _, test in splits.values()])  # [T]: the tests of all seeds
+    seeds = np.repeat(list(splits), [len(test) for _, _, test in splits.values()])  # [T]
     code = [Path(file).read_bytes() for file in (__file__, model.__file__, data.__file__)]
     made_of = [cache.key, labels.tolist(), sorted(set(args.mode)), args.finetune_epochs, net.config.heads,
                *map(model.hash_weights, (net.target_encoder, net.context_encoder))]
-    features, probes, hashes = None, defaultdict(dict), {}
-    tests, probabilities, choices = [], defaultdict(list), defaultdict(dict)
+    features, probes, hashes, predictions = None, defaultdict(dict), {}, {}
     for seed, split in tqdm(splits.items(), desc="seeds"):
         hashes[seed] = data.digest([[(posts[i].set, posts[i].id) for i in part] for part in split])[:16]
         made_from = data.digest(*code, [*made_of, seed, hashes[seed]])
         path = Path(args.out) / "predictions" / f"{args.protocol}-{'-'.join(loaded)}-{seed}.json"
-        predicted = read_json(path)
-        if predicted.get("made_from") != made_from:
+        rows = {}
+        with suppress(OSError, ValueError):  # not there, or damaged
+            rows = json.loads(path.read_bytes())
+        if rows.get("made_from") != made_from:
             features = features or extract_features(net, cache, args.seeds)
             rows = predict_rows(net, cache, features, labels, split, seed, probes[hashes[seed]], args)
-            predicted = {"made_from": made_from, **rows}
-            path.parent.mkdir(exist_ok=True)
-            data.write_json(path, predicted)
-        tests += [(seed, i) for i in split[2]]
-        for row, values in predicted["probabilities"].items():
-            probabilities[row] += values
-        for row, choice in predicted["choices"].items():
-            choices[row][seed] = choice
-    by_seed, tested = np.transpose(tests)  # [T], the tests of all seeds
+            data.write_json(path, {"made_from": made_from, **rows})
+        predictions[seed] = rows
     for kind, (_, skipped) in loaded.items():
-        mine = np.flatnonzero(sets[tested] == kind)
-        seed, post = by_seed[mine], tested[mine]
+        of_set = np.flatnonzero(sets[tested] == kind)
+        seed, post = seeds[of_set], tested[of_set]  # of each test
         y, new = labels[post], ~np.isin(post, repeated)
         scores, right = {}, {}
-        for row, values in probabilities.items():
-            values = np.array(values)[mine]  # [T, 3]
+        for row in rows["probabilities"]:
+            values = np.concatenate([one["probabilities"][row] for one in predictions.values()])[of_set]
             predicted = values.argmax(1)
             right[row] = (predicted == y).astype(float)
             scores[row] = score(y, predicted, seed)
             if args.split and new.any():
                 scores[row]["accuracy without repeats"] = score(y[new], predicted[new], seed[new])["accuracy"]
-            for s, i, k, one in zip(seed, post, predicted, values.round(6)):
-                lines.append((kind, s, row, posts[i].id, data.LABELS[labels[i]], data.LABELS[k], *one))
+            for s, i, k, p in zip(seed, post, predicted, values.round(6)):
+                lines.append((kind, s, row, posts[i].id, data.LABELS[labels[i]], data.LABELS[k], *p))
         counts = np.bincount(labels[sets == kind], minlength=len(data.LABELS)).tolist()
-        differences = {f"{a} minus {b}": bootstrap(right[a] - right[b], post)
-                       for a in COMPARED for b in COMPARED[a] if a in right and b in right}
         results[kind] = {
             "posts": sum(counts), "labels": dict(zip(data.LABELS, counts)), "skipped": skipped,
-            "choices": choices, "split_hash": hashes, "split_notes": notes, "scores": scores,
-            "split_sizes": [len(part) for part in splits[args.seeds[0]]], "differences": differences}
+            "choices": {row: {seed: one["choices"][row] for seed, one in predictions.items()}
+                        for row in rows["choices"]},
+            "split_hash": hashes, "split_notes": notes, "scores": scores,
+            "split_sizes": [len(part) for part in splits[args.seeds[0]]],
+            "differences": {f"{a} minus {b}": bootstrap(right[a] - right[b], post)
+                            for a in COMPARED for b in COMPARED[a] if a in right and b in right}}
 
 
 # ---- What is written ---------------------------------------------------------------------------------------
 
 
 def mean_std(values, digits=2):
-    """Numbers -> "mean ± standard deviation", with n - 1; of a single one, which has none, the number."""
+    """Numbers -> "mean ± standard deviation", with n - 1; of one number "mean", of none ""."""
     if not values:
         return ""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
@@ -405,42 +378,41 @@ def make_table(results, config, args, start_share):
             parts.append(f"Not measured: no {name} in {args.mvsa}.")
             continue
         result = results[kind]
-        row, last = list(result["scores"].items())[-1]
+        last_row, last = list(result["scores"].items())[-1]
         pool = " of the pool, upsampled" if args.protocol == "authors" else ""
         notes = "".join(f"; {count} {what}" for what, count in result["split_notes"].items())
+        parts.append(f"{name}: {result['posts']} posts, skipped: {data.describe(result['skipped'])}; train, "
+                     f"validation, test {result['split_sizes']}{pool}{notes}")
         columns = [key for key in last if key != "confusion"]
-        table = [(title, *(mean_std(scores[key]) for key in columns))
-                 for title, scores in result["scores"].items()]
+        table = [(row, *(mean_std(one[key]) for key in columns)) for row, one in result["scores"].items()]
         reported = "TI-JEPA-Large, *reported* in the paper, not measured here", *REPORTED[kind]
-        parts += [f"{name}: {result['posts']} posts, skipped: {data.describe(result['skipped'])}; train, "
-                  f"validation, test {result['split_sizes']}{pool}{notes}",
-                  markdown(("features", *columns), *table, (*reported, *["–"] * (len(columns) - 2)))]
+        parts.append(markdown(("features", *columns), *table, (*reported, *["–"] * (len(columns) - 2))))
         differences = [(pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
                        for pair, (gain, low, high) in result["differences"].items()]
-        confusion = [(label, *counts) for label, counts in zip(data.LABELS, last["confusion"])]
         header = "difference in accuracy, same test posts", "points", "95 % interval over test posts"
-        parts += [markdown(header, *differences), f"{row}, all seeds together:",
+        confusion = [(label, *counts) for label, counts in zip(data.LABELS, last["confusion"])]
+        parts += [markdown(header, *differences), f"{last_row}, all seeds together:",
                   markdown(("true \\ predicted", *data.LABELS), *confusion)]
     return "\n\n".join(parts) + "\n"
 
 
 def ablation_table(folder):
     """The runs in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation over seeds of pretraining
-    of what a variant ended with and of accuracies, each a mean over the same splits. UserError for none."""
+    of each variant's last figures and of its accuracies, each a mean over splits. UserError for no run."""
     measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
     # {row: (its line, its column)}; what does not depend on pretraining is the same in all runs
     places = {PRETRAINED: ("", "X~"), ONLINE: ("", "X"), TUNED: ("", "X~ fine-tuned"),
               UNTRAINED: ("*untrained*", "X~"), CONCAT: (f"*{CONCAT}*", "X~")}
-    table = defaultdict(lambda: defaultdict(list))  # {variant: {column: [a figure of each run]}}
-    for results in sorted(folder.glob("*-*/results.json")):
-        out = results.parent
-        variant = out.name.rpartition("-")[0]
+    table = defaultdict(lambda: defaultdict(list))  # {line: {column: [a figure of each run]}}
+    for path in sorted(folder.glob("*-*/results.json")):
+        out, variant = path.parent, path.parent.name.rpartition("-")[0]
         last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         evaluated, judged = (json.loads((out / name).read_text()) for name in ("eval.json", "results.json"))
         if not last["step"] == evaluated["step"] == judged["step"]:
             raise UserError(f"the files of {out} are of different steps: remove it, and run `make ablate`")
+        evaluated["loss"] = last["loss"]
         for name in measured:
-            table[variant][name].append({**evaluated, "loss": last["loss"]}[name])
+            table[variant][name].append(evaluated[name])
         for kind, result in judged["sets"].items():
             for row in places.keys() & result["scores"]:
                 shared, column = places[row]
@@ -449,12 +421,10 @@ def ablation_table(folder):
     if not table:
         raise UserError(f"--ablate {folder}: no <variant>-<seed>/results.json there; run `make ablate`")
     accuracies = sorted({column for figures in table.values() for column in figures} - set(measured))
-    rows = []
-    for name, figures in sorted(table.items()):
-        cells = [mean_std(figures[column], 3) for column in measured]
-        cells += [mean_std(figures[column], 1) for column in accuracies]
-        rows.append((name, max(map(len, figures.values())), *cells))
-    return markdown(("variant", "runs", *measured, *accuracies), *rows) + "\n"
+    digits = {**dict.fromkeys(measured, 3), **dict.fromkeys(accuracies, 1)}  # of each column
+    rows = [(line, max(map(len, figures.values())), *(mean_std(figures[key], digits[key]) for key in digits))
+            for line, figures in sorted(table.items())]
+    return markdown(("variant", "runs", *digits), *rows) + "\n"
 
 
 def main(args):
@@ -464,12 +434,12 @@ def main(args):
         (Path(args.ablate) / "results.md").write_text(table, encoding="utf-8")
         return print(table)
     if args.split and args.protocol != "standard":
-        raise UserError(f"--split is of the standard protocol, not of --protocol {args.protocol}")
+        raise UserError(f"--split is for the standard protocol, not for --protocol {args.protocol}")
     folders = data.find_mvsa(args.mvsa)  # before any model is loaded
     if args.protocol == "authors" and len(folders) < 2:
         raise UserError(f"--protocol authors pools both sets; {args.mvsa} has only {' '.join(folders)}")
     loaded = {kind: data.load_mvsa(folders[kind]) for kind in NAMES if kind in folders}
-    pools = [loaded] if args.protocol == "authors" else [{kind: found} for kind, found in loaded.items()]
+    pools = [loaded] if args.protocol == "authors" else [{kind: pair} for kind, pair in loaded.items()]
     device = model.pick_device(args.device)
     net, checkpoint = model.TIJEPA.from_checkpoint(args.checkpoint, args.image_weights, args.text_encoder)
     net.place(device, args.dtype)
@@ -496,17 +466,16 @@ def main(args):
         tools = ("torch", "timm", "transformers", "sklearn", "numpy")
         versions = {name: sys.modules[name].__version__ for name in tools}
         data.write_json(path, {  # the last file: when it is there, all are
-            "sets": results, "reported": REPORTED, "args": vars(args), "model": vars(net.config),
-            "seeds": args.seeds, "code": code.stdout.strip(), "device": str(device), "dtype": str(net.dtype),
-            "versions": {"python": sys.version.split()[0], **versions}, "step": checkpoint["step"],
-            "start_share": checkpoint["start_share"]})
+            "sets": results, "args": vars(args), "seeds": args.seeds, "model": vars(net.config),
+            "step": checkpoint["step"], "start_share": checkpoint["start_share"], "device": str(device),
+            "dtype": str(net.dtype), "code": code.stdout.strip(),
+            "versions": {"python": sys.version.split()[0], **versions}})
     print(f"\n{table}\nfinetune_mvsa: wrote {path.with_suffix('.md')} and the files beside it")
 
 
 def run(argv=None):
     """The command line -> exit code, see data.run_command."""
-    args = parse_args(argv)
-    return data.run_command(lambda: main(args), "the number of --workers")
+    return data.run_command(lambda: main(parse_args(argv)), "the number of --workers")
 
 
 if __name__ == "__main__":
