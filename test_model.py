@@ -3,10 +3,10 @@ import contextlib
 import csv
 import errno
 import io
+import itertools
 import json
 import multiprocessing
 import os
-import pickle
 import re
 import resource
 import shlex
@@ -37,8 +37,7 @@ from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix
 from sklearn.preprocessing import StandardScaler
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel
 
 import data
 import finetune_mvsa
@@ -51,7 +50,7 @@ os.register_at_fork(after_in_child=lambda: data.tqdm.set_lock(multiprocessing.RL
 
 HERE = Path(__file__).parent
 WORDS = "a red dog on blue grass under the sky with two cats".split()
-CONFIG = replace(model.PRESETS["toy"], dim=32, predictor_dim=32, target="ema", vocabulary=WORDS)
+CONFIG = replace(model.PRESETS["toy"], dim=32, predictor_dim=32, vocabulary=WORDS)
 TEXTS = ["a red dog", "blue grass under the sky with two cats on a dog", "cats"]
 SHORT = ["--epochs", 10, "--batch_size", 8, "--held_out", 8, "--log_every", 1, "--device", "cpu"]  # 40 steps
 CAPTIONS = "annotations/captions_train2017.json"
@@ -70,10 +69,10 @@ def call(module, *options, code=0):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            found = module.run([str(option) for option in options])
+            returned = module.run([str(option) for option in options])
         except SystemExit as stopped:  # argparse's own way
-            found = stopped.code
-    assert found == code, err.getvalue()
+            returned = stopped.code
+    assert returned == code, err.getvalue()
     return SimpleNamespace(out=out.getvalue(), err=err.getvalue())
 
 
@@ -97,7 +96,7 @@ def net():
 
 @pytest.fixture
 def images():
-    return torch.randn(3, 3, 48, 48, generator=generator_of(1))
+    return torch.randint(256, (3, 3, 48, 48), generator=generator_of(1), dtype=torch.uint8)
 
 
 @pytest.fixture(scope="session")
@@ -124,18 +123,17 @@ def pretrained(toy, tmp_path_factory):
 
 @pytest.mark.parametrize("grid", [(6, 6), (6, 9), (14, 14), (16, 16)])
 def test_sample_masks_are_disjoint_in_range_and_reach_every_patch_alike(grid):
-    N, half = grid[0] * grid[1], grid[0] // 2
-    seen, hidden = torch.zeros(N), torch.zeros(N)
+    N, seen, hidden = grid[0] * grid[1], 0, 0
     for step in range(20):
         context, target = sample_masks(grid, 128, 0, step)
         assert len(context) == len(target) == 128 and target.shape[1] == 4
         for c, t in zip(context.tolist(), target.flatten(1).tolist()):
             assert len(set(c)) == len(c) >= N // 10 and not set(c) & set(t)
-        seen += torch.bincount(context.flatten(), minlength=N)  # an error for an index out of range
+        seen += torch.bincount(context.flatten(), minlength=N)  # too long for `seen`: an index out of range
         hidden += torch.bincount(target.flatten(), minlength=N)
-    assert (seen > 0).all() and (hidden > 0).all()
+    assert len(seen) == len(hidden) == N and (seen > 0).all() and (hidden > 0).all()
     rows = seen.view(grid).sum(1)  # a large batch does not lose the bottom rows
-    assert 0.95 < rows[half:].sum() / rows[:half].sum() < 1.05 and 0.9 < rows[-1] / rows[0] < 1.1
+    assert 0.9 < rows[-1] / rows[0] < 1.1
 
 
 def test_sample_masks_draws_rectangles_and_a_window_of_the_right_areas():
@@ -153,21 +151,17 @@ def test_sample_masks_draws_rectangles_and_a_window_of_the_right_areas():
     assert 0.67 < min(aspects) < 0.80 and 1.42 < max(aspects) < 1.65
     assert abs(np.corrcoef(areas, aspects)[0, 1]) < 0.2  # I-JEPA's sampler ties them: 1.0
     assert min(outside) == 0 and 100 < max(outside) <= 1024 - 30 ** 2  # the window has 85 to 100 %
-    left = [sample_masks((7, 7), 128, 0, step).context.shape[1] for step in range(300)]
-    assert min(left) >= 7 * 7 // 10  # else the blocks are drawn again: 7 of these steps need that
+    sizes = [sample_masks((7, 7), 128, 0, step).context.shape[1] for step in range(300)]
+    assert min(sizes) >= 7 * 7 // 10  # else the blocks are drawn again: 7 of these steps need that
 
 
-def test_sample_masks_is_a_function_of_grid_batch_seed_and_step():
+def test_sample_masks_is_a_function_of_seed_and_step_and_draws_for_each_image():
     first = sample_masks((14, 14), 8, 3, 5)
     torch.manual_seed(99)
     assert all(torch.equal(a, b) for a, b in zip(first, sample_masks((14, 14), 8, 3, 5)))
     images = {tuple(image.flatten().tolist()) for seed in (0, 1, 2 ** 31 - 1) for step in range(5)
               for image in sample_masks((14, 14), 8, seed, step).target}
-    assert len(images) == 3 * 5 * 8  # and drawn for each image
-
-
-def normed(x, norm):
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias)
+    assert len(images) == 3 * 5 * 8
 
 
 def plain_block(block, x, text=None, text_mask=None):
@@ -177,10 +171,10 @@ def plain_block(block, x, text=None, text_mask=None):
     attention.in_proj_weight.data = torch.cat([ours.q.weight, ours.kv.weight])
     attention.in_proj_bias.data = torch.cat([ours.q.bias, ours.kv.bias])
     attention.out_proj = ours.proj
-    memory = normed(x, block.norm_attention) if text is None else text
-    padding = None if text_mask is None else ~text_mask
-    x = x + attention(normed(x, block.norm_attention), memory, memory, padding, need_weights=False)[0]
-    return x + second(F.gelu(first(normed(x, block.norm_mlp))))
+    query, padding = block.norm_attention(x), None if text_mask is None else ~text_mask
+    memory = query if text is None else text
+    x = x + attention(query, memory, memory, padding, need_weights=False)[0]
+    return x + second(F.gelu(first(block.norm_mlp(x))))
 
 
 def randomize(module):
@@ -200,12 +194,13 @@ def test_block_equals_pytorchs_attention_with_the_same_weights():
 
 
 def test_fusion_encoder_projects_then_attends_to_the_caption_alone(net, images):
-    X, (s_image, s_text, text_mask) = randomize(net.context_encoder), net.frozen(images, TEXTS)
-    (a, norm_a), (b, norm_b) = X.image_proj, X.text_proj
-    x, text = normed(a(s_image), norm_a), normed(b(s_text), norm_b)
+    X, (s_image, s_text, text_mask) = randomize(net.context_encoder), net.frozen_features(images, TEXTS)
+    x, text = X.image_proj(s_image), X.text_proj(s_text)
     for block in X.blocks:
         x = plain_block(block, x, text, text_mask)
-    assert torch.allclose(X(s_image, s_text, text_mask), normed(x, X.norm), atol=1e-5)
+    assert torch.allclose(X(s_image, s_text, text_mask), X.norm(x), atol=1e-5)
+    assert all([type(layer).__name__ for layer in proj] == ["Linear", "LayerNorm"]
+               for proj in (X.image_proj, X.text_proj))
 
 
 def test_predictor_and_fusion_encoder_start_from_xavier_g_with_i_jepas_rescaling(net):
@@ -220,19 +215,23 @@ def test_predictor_and_fusion_encoder_start_from_xavier_g_with_i_jepas_rescaling
     assert 0.01 < g.mask_token.std() < 0.04
 
 
+def test_predictor_positions_are_sines_and_cosines_of_row_and_column():
+    angles = np.arange(7)[:, None] * 10000.0 ** (-np.arange(4) / 4)
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    expected = [np.concatenate([waves[row], waves[column]]) for row in range(5) for column in range(7)]
+    assert np.allclose(model.sincos_2d((5, 7), 16), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss, target", [("mse", "ema"), ("smooth_l1", "ema"), ("mse", "image")])
 def test_forward_predictor_and_patch_energy_equal_a_plain_loop(images, loss, target):
     """Each pair unpadded, X~ of all patches, all tokens of g: what is skipped or shared changes nothing."""
     torch.manual_seed(0)
     net = model.TIJEPA(replace(CONFIG, loss=loss, target=target))
-    for p in net.target_encoder.parameters():  # X~ must not be X, or a mix-up of the two would pass
-        p.data.add_(0.05 * torch.randn(p.shape, generator=generator_of(3)))
-    for block in (*net.context_encoder.blocks, *net.target_encoder.blocks):
-        block.attention.proj.weight.data.mul_(100)  # untrained, they hardly listen to the text
+    randomize(net.target_encoder)  # X~ must not be X, or a mix-up of the two would pass
     masks, g = sample_masks(net.grid, 3, 0), net.predictor
-    out = net(*net.frozen(images, TEXTS), masks)
+    out = net(net.frozen_features(images, TEXTS), masks)
     for b in range(3):
-        s_image, *text = net.frozen(images[b:b + 1], TEXTS[b:b + 1])
+        s_image, *text = net.frozen_features(images[b:b + 1], TEXTS[b:b + 1])
         tokens = s_image if target == "image" else net.target_encoder(s_image, *text)  # [1, N, D]
         context = net.context_encoder(s_image[:, masks.context[b]], *text)
         assert torch.allclose(out.context[b:b + 1], context, atol=1e-5)
@@ -252,85 +251,24 @@ def test_forward_predictor_and_patch_energy_equal_a_plain_loop(images, loss, tar
     assert torch.allclose(out.energy, errors.mean((1, 2, 3)), rtol=1e-5, atol=0)
 
 
-def test_vicreg_term_and_measures_of_collapse_by_hand():
-    context = torch.randn(6, 5, 3, generator=generator_of(0)) * torch.tensor([0.3, 1.0, 3.0])
-    covariance = np.cov(context.mean(1).double().numpy(), rowvar=False)
-    variance = np.mean([max(0, 1 - np.sqrt(covariance[d, d] + 1e-4)) for d in range(3)])
-    squares = sum(covariance[i, j] ** 2 for i in range(3) for j in range(3) if i != j)
-    assert model.vicreg_term(context).item() == pytest.approx(variance + squares / 3 / 25, rel=1e-4)
-    noise = torch.randn(2000, 4, 8, generator=generator_of(0))
-    assert model.sample_std(noise[:1].expand(20, -1, -1)) < 1e-6  # the same for every image
-    assert model.sample_std(noise) == pytest.approx(1, abs=0.02)
-    assert model.effective_rank(noise[:50, 0, :1] * noise[50, :1] + 3) == pytest.approx(1, abs=0.01)
-    assert model.effective_rank(torch.cat([torch.eye(4), -torch.eye(4)])) == pytest.approx(4, abs=1e-3)
-
-
-def test_sigreg_term_equals_a_plain_loop_and_tells_normal_from_collapsed():
-    context = torch.randn(5, 4, 3, generator=generator_of(0)) * 2
-    z = context.mean(1).double().numpy()
-    directions = torch.randn(3, 256, generator=generator_of(7, 11)).double().numpy()
-    knots, total = np.arange(17) * 3 / 16, 0
-    for a in directions.T:
-        shadow = z @ a / np.linalg.norm(a)
-        gaps = [abs(np.exp(1j * t * shadow).mean() - np.exp(-t * t / 2)) ** 2 for t in knots]
-        weighted = gaps * np.exp(-knots ** 2 / 2)
-        total += 2 * 5 * 3 / 16 * (sum(weighted) - (weighted[0] + weighted[-1]) / 2)  # t < 0, too
-    assert model.sigreg_term(context, 7, 11).item() == pytest.approx(total / 256, rel=1e-4)
-    assert model.sigreg_term(context, 7, 12) != model.sigreg_term(context, 7, 11)  # other directions
-    normal = torch.randn(2000, 1, 16, generator=generator_of(1))
-    terms = [model.sigreg_term(z, 0, 0).item() for z in (normal, normal.bfloat16(), 0 * normal, 3 * normal)]
-    assert 0 < terms[0] < 2 and terms[1] == pytest.approx(terms[0], rel=0.05)  # of 2,000: about 1 by chance
-    assert terms[2] > 300 and terms[3] > 300
+def test_gradients_reach_x_and_the_predictor_only(net, images):
+    net.train()(net.frozen_features(images, TEXTS), sample_masks(net.grid, 3, 0)).energy.mean().backward()
+    for name, p in net.named_parameters():
+        trained = name.startswith(("context_encoder", "predictor"))
+        assert p.requires_grad == (p.grad is not None and bool(p.grad.any())) == trained, name
+    in_training = {name.split(".")[0] for name, part in net.named_modules() if name and part.training}
+    assert in_training == {"context_encoder", "predictor"}
 
 
 def test_score_and_energy_matrix_are_the_energies_of_each_pair_wherever_it_stands(net, images):
     """Any leak from one pair to another would fake an AUC."""
     masks = [sample_masks(net.grid, 1, draw) for draw in range(3)]
-    pairs = [net.frozen(images[i:i + 1], [text]) for i in range(3) for text in TEXTS]
-    by_hand = [np.mean([net(*pair, mask).energy.item() for mask in masks]) for pair in pairs]
-    matrix = pretrain.energy_matrix(net, net.frozen(images, TEXTS), draws=3)
+    pairs = [net.frozen_features(images[i:i + 1], [text]) for i in range(3) for text in TEXTS]
+    by_hand = [np.mean([net(pair, mask).energy.item() for mask in masks]) for pair in pairs]
+    matrix = pretrain.energy_matrix(net, net.frozen_features(images, TEXTS), draws=3)
     assert matrix.flatten().tolist() == pytest.approx(by_hand, rel=1e-5) and matrix.shape == (3, 3)
     scores = net.score(images, TEXTS, draws=3)
     assert torch.allclose(scores, matrix.diagonal(), rtol=1e-5) and not scores.requires_grad
-
-
-def test_update_target_follows_the_ema_formula_from_a_copy_of_x(net):
-    theta, xi = (list(part.parameters()) for part in (net.context_encoder, net.target_encoder))
-    assert len(theta) == len(xi) and all(torch.equal(a, b) and a is not b for a, b in zip(theta, xi))
-    for p in theta:
-        p.data.add_(torch.randn(p.shape, generator=generator_of(2)))
-    before = [p.clone() for p in xi]
-    net.update_target(0.9)
-    for new, old, p in zip(xi, before, theta):
-        assert torch.allclose(new, 0.9 * old + 0.1 * p, atol=1e-7) and not torch.equal(new, old)
-
-
-def test_gradients_reach_context_encoder_and_predictor_only(net, images):
-    net.train()
-    net(*net.frozen(images, TEXTS), sample_masks(net.grid, 3, 0)).energy.mean().backward()
-    for name, p in net.named_parameters():
-        if name.startswith(("context_encoder", "predictor")):
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
-        else:
-            assert p.grad is None and not p.requires_grad, name
-    trained = {name.split(".")[0] for name, part in net.named_modules() if name and part.training}
-    assert trained == {"context_encoder", "predictor"}
-
-
-def test_the_caption_reaches_the_prediction_before_any_training(images):
-    """With I-JEPA's init of std 0.02 these widths took several times the steps to hear the caption."""
-    torch.manual_seed(0)
-    net = model.TIJEPA(replace(model.PRESETS["toy"], vocabulary=WORDS))
-    masks = sample_masks(net.grid, 3, 0)
-    said, other = (net(*net.frozen(images, texts), masks).prediction for texts in (TEXTS, TEXTS[::-1]))
-    assert (said - other)[0].abs().mean() > 0.05 * said[0].std()  # 0.003 with std 0.02
-
-
-def test_predictor_positions_tell_the_patches_apart():
-    positions = model.sincos_2d((6, 6), 32)
-    assert len({tuple(p.tolist()) for p in positions}) == 36
-    assert torch.allclose(positions[7, :8], torch.sin(1.0 * 10000 ** (-torch.arange(8) / 8)))  # row 1
-    assert torch.equal(positions[7, 16:], positions[31, 16:])  # the same column
 
 
 def test_encode_gives_the_target_encoders_tokens_and_their_mean(net, images):
@@ -338,227 +276,185 @@ def test_encode_gives_the_target_encoders_tokens_and_their_mean(net, images):
     tokens, pooled = net.encode(images, TEXTS)
     assert torch.equal(tokens, net.target_encoder(net.image_encoder(images), *net.text_encoder(TEXTS)))
     assert tokens.shape == (3, 36, 32) and torch.allclose(pooled, tokens.sum(1) / 36, atol=1e-6)
-    empty, blank = (net.encode(images[:1], [text])[0] for text in ("", "  "))
-    assert torch.equal(empty, blank) and empty.isfinite().all()
 
 
-def test_what_cannot_be_is_refused_in_words(net, images, tmp_path):
-    save_text_encoder(tmp_path, num_hidden_layers=3)
-    state = timm.create_model("test_vit", num_classes=0).state_dict()
-    lacking = {key: value for key, value in state.items() if "blocks.1.attn.proj" not in key}
-    cnn, fc1 = timm.create_model("test_efficientnet", num_classes=0).state_dict(), "blocks.0.mlp.fc1.weight"
+def test_update_target_follows_the_ema_formula_from_a_copy_of_x(net):
+    theta, xi = (list(part.parameters()) for part in (net.context_encoder, net.target_encoder))
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(theta, xi, strict=True))
+    before = [p.clone() for p in xi]
+    randomize(net.context_encoder)
+    net.update_target(0.9)
+    for new, old, p in zip(xi, before, theta):
+        assert torch.allclose(new, 0.9 * old + 0.1 * p, atol=1e-7) and not torch.equal(new, old)
 
-    torn, maps = tmp_path / "torn.safetensors", model.TIJEPA(CONFIG)
-    torn.write_bytes(bytes(9))
-    maps.image_encoder.vit.forward_features = lambda images: torch.zeros(len(images), 6, 6, 96)
-    maps.image_encoder.prefix = 0
 
-    def load(name, state):
+def test_sigreg_term_by_hand():
+    context = torch.randn(5, 4, 3, generator=generator_of(0)) * 2
+    directions = torch.randn(3, 256, generator=generator_of(7, 11)).double().numpy()
+    t, directions = np.linspace(-3, 3, 33), directions / np.linalg.norm(directions, axis=0)
+    shadows = context.mean(1).double().numpy() @ directions  # [B, 256]
+    gaps = np.abs(np.exp(1j * shadows[:, :, None] * t).mean(0) - np.exp(-t * t / 2)) ** 2
+    by_hand = 5 * np.trapezoid(gaps * np.exp(-t * t / 2), t).mean()
+    assert model.sigreg_term(context, 7, 11).item() == pytest.approx(by_hand, rel=1e-4)
+    assert model.sigreg_term(context.bfloat16(), 7, 11).item() == pytest.approx(by_hand, rel=0.05)
+
+
+def save_text_encoder(folder, words=WORDS, file="config.json", **edit):
+    """The toy's f_T as a folder from the hub, with an edit of one of its files."""
+    tokenizer, bert = model.toy_bert(words)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModel.from_config(bert.config).save_pretrained(folder)  # with its pooler
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **edit}))
+
+
+def test_unfit_input_and_encoders_are_refused_in_words(net, images, tmp_path):
+    vit, cnn = (timm.create_model(name, num_classes=0).state_dict() for name in ("test_vit", "test_resnet"))
+    del vit["blocks.1.attn.proj.weight"]
+
+    def load_image_encoder(name, state):
         torch.save(state, tmp_path / "weights")
         model.ImageEncoder(name, str(tmp_path / "weights"))
 
+    def load_text_encoder(**edit):
+        save_text_encoder(tmp_path, **edit)
+        model.TextEncoder(str(tmp_path))
+
     for attempt, words in (
-            (lambda: net.encode(images, "a red dog"), "with 'a red dog': .* with a list of B strings"),
-            (lambda: net.encode(images[:1], TEXTS), r"\[1, 3, 48, 48\] with \['a red dog', .* list of B"),
+            (lambda: net.encode(images, "red"), "with 'red': .* with a list of B strings"),
+            (lambda: net.encode(images[:1], TEXTS), r"\[1, 3, 48, 48\] .* with \['a red dog', .* list of B"),
             (lambda: net.encode(images[:, :, 8:], TEXTS), r"\[3, 3, 40, 48\] .* toy takes .*\[3, 48, 48"),
-            (lambda: replace(CONFIG, heads=3), "heads=3 do not divide the width dim=32"),
-            (lambda: replace(CONFIG, predictor_dim=6), "predictor_dim=6"),
-            (lambda: replace(CONFIG, loss="l1"), '"mse" or "smooth_l1".*"l1"'),
-            (lambda: replace(CONFIG, target="text"), 'target must be.*"text"'),
+            (lambda: net.frozen_features(images / 255, TEXTS), r"torch.float32 with .* of torch.uint8"),
             (lambda: sample_masks((9, 5), 2, 0), "9 x 5 patch grid is too small.*--image_encoder"),
-            (lambda: load("test_vit", lacking), "blocks.1.attn.proj.weight"),
-            (lambda: load("test_vit", {**state, fc1: torch.zeros(3, 3)}), fc1),
-            (lambda: load("test_vit", {**state, "extra.weight": torch.zeros(1)}), "extra.weight"),
-            (lambda: load("test_efficientnet", cnn), "num_prefix_tokens.*ViT with a fixed patch grid"),
-            (lambda: load("no_such_vit", state), "Unknown model"),
-            (lambda: model.ImageEncoder("test_vit", str(torn)), "SafetensorError.*--image_weights FILE"),
-            (lambda: maps.frozen_image(images), r"outputs \[3, 6, 6, 96\], not one for each of \(6, 6\)"),
-            (lambda: model.TextEncoder(str(tmp_path)), "encoder.layer.2")):  # its config says 3 layers
+            (lambda: load_image_encoder("test_vit", vit), "blocks.1.attn.proj.weight"),
+            (lambda: load_image_encoder("test_resnet", cnn), "num_prefix_tokens.*fixed patch grid"),
+            (lambda: load_text_encoder(num_hidden_layers=3), "lacks the weights .*encoder.layer.2"),
+            (lambda: load_text_encoder(file="tokenizer_config.json", pad_token=None), "no padding token")):
         with pytest.raises(UserError, match=words):
             attempt()
 
 
 def test_presets_are_the_papers():
-    assert {c.target for c in model.PRESETS.values()} == {"ema"}
     for name, *sizes in (("small", 768, 4, 8), ("medium", 768, 6, 12), ("large", 1024, 8, 16)):
         c = model.PRESETS[name]
         assert [c.dim, c.depth, c.heads, c.predictor_depth, c.predictor_dim] == [*sizes, 12, 384]
-        assert timm.is_model(c.image_encoder.split(".")[0])
 
 
-@pytest.mark.parametrize("name, prefix", [("test_vit", 1), ("test_vit_relpos", 0)])
-def test_patch_tokens_without_class_token(tmp_path, name, prefix):
+@pytest.mark.parametrize("name, prefix, kind", [
+    ("test_vit", 1, "ijepa"), ("test_vit_relpos", 0, "plain"), ("test_vit", 1, "hub")])
+def test_image_encoder_gives_the_patch_tokens_of_pixels_normalised_by_timm(tmp_path, name, prefix, kind):
     vit = timm.create_model(name, num_classes=7).eval()  # a classifier may be left over: f_I has none
-    state = vit.state_dict()
-    ijepa = {"encoder": {f"module.{key}": value for key, value in state.items()}, "predictor": {},
-             "target_encoder": {f"module.{key}": value + 1 for key, value in state.items()}}
-    torch.save(state, tmp_path / "vit")
-    torch.save(ijepa if prefix else state, tmp_path / "ijepa")  # in the format of I-JEPA's own file
+    plain, path = vit.state_dict(), tmp_path / "weights"
+    own, other = ({f"module.{key}": value + n for key, value in plain.items()} for n in (0, 1))
+    torch.save({"encoder": own, "target_encoder": other, "predictor": {}} if kind == "ijepa" else plain, path)
+    vit.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.2, 0.4, 0.6))
     timm.models.save_for_hf(vit, tmp_path / "hub")
-    pictures = torch.randn(2, 3, 160, 160, generator=generator_of(0))
-    expected = vit.forward_features(pictures)[:, prefix:]
-    for source in ((name, f"{tmp_path}/vit"), (name, f"{tmp_path}/ijepa"), (f"local-dir:{tmp_path}/hub",)):
-        encoder = model.ImageEncoder(*source)
-        assert torch.allclose(encoder(pictures), expected, atol=1e-5) and expected.shape[1] == 100
-        assert encoder.grid == (10, 10) and encoder.data_config["input_size"] == (3, 160, 160)
+    encoder = model.ImageEncoder(*[f"local-dir:{tmp_path}/hub"] if kind == "hub" else [name, str(path)])
+    config = {**timm.data.resolve_model_data_config(encoder.vit), "crop_pct": 1.0}
+    transform = timm.data.create_transform(**config)
+    images = torch.randint(256, (2, 3, 160, 160), generator=generator_of(0), dtype=torch.uint8)
+    pixels = [transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
+    assert config["mean"][0] == (0.1 if kind == "hub" else 0.5)
+    assert torch.allclose(encoder(images), vit.forward_features(torch.stack(pixels))[:, prefix:], atol=1e-5)
+    assert encoder.grid == (10, 10) and encoder.input_size == (160, 160)
 
 
-SMALL = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-KINDS = {"bert": {"max_position_embeddings": 12}, "gte": {"pad_token_id": 0}, "t5": {}}  # gte: the paper's
-
-
-def save_text_encoder(folder, name="bert", words=WORDS, file="config.json", **edit):  # an edit of `file`
-    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    saved = AutoModel.from_config(AutoConfig.for_model(name, **SMALL, **KINDS[name])).eval()
-    saved.save_pretrained(folder)
-    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **edit}))
-    return saved
-
-
-@pytest.mark.parametrize("name, longest", [("bert", 12), ("gte", 128), ("t5", 128)])
-def test_text_encoders_load_from_a_folder(tmp_path, name, longest):
-    saved = save_text_encoder(tmp_path, name)
+@pytest.mark.parametrize("kind, longest", [("bert", 64), ("gte", 128)])  # gte: the paper's
+def test_text_encoder_gives_the_states_of_a_model_from_the_hub(tmp_path, kind, longest):
+    sizes = dict(vocab_size=20, hidden_size=16, num_attention_heads=2, intermediate_size=32, pad_token_id=0,
+                 num_hidden_layers=2, max_position_embeddings=longest if kind == "bert" else 8192)
+    save_text_encoder(tmp_path)
+    saved = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    saved.save_pretrained(tmp_path)
     encoder = model.TextEncoder(str(tmp_path))
-    states, mask = encoder(TEXTS + [""])
-    assert mask.tolist() == [[n < length for n in range(11)] for length in (3, 11, 1, 1)]
+    states, mask = encoder([*TEXTS, "", "  "])
+    assert mask.tolist() == [[n < 2 + words for n in range(13)] for words in (3, 11, 1, 1, 1)]
     assert encoder.dim == 16 and encoder(["dog " * 500])[0].shape[1] == longest
-    ids = torch.tensor([[2 + WORDS.index(word) for word in TEXTS[0].split()]])
-    expected = (saved.encoder if name == "t5" else saved)(input_ids=ids).last_hidden_state
-    assert torch.allclose(states[0, :3], expected[0], atol=1e-5)
+    ids = torch.tensor([[2, *(4 + WORDS.index(word) for word in TEXTS[0].split()), 3]])
+    assert torch.allclose(states[0, :5], saved(input_ids=ids).last_hidden_state[0], atol=1e-5)
 
 
-def test_encoders_are_known_by_all_that_decides_their_output(net, tmp_path):
-    texts = []
-    for changes in ({}, {"num_attention_heads": 4}, {"words": WORDS[::-1]},
-                    {"file": "tokenizer.json", "normalizer": {"type": "Lowercase"}},
-                    {"file": "tokenizer_config.json", "model_max_length": 7},
-                    {"transformers_version": "4.0"}):  # the last is the first again
-        save_text_encoder(tmp_path, **changes)
-        texts.append(model.TextEncoder(str(tmp_path)).fingerprint())
-    assert texts[0] == texts[-1] and all(model.differences(texts[0], other) for other in texts[1:-1])
-    f_I, prints = net.image_encoder, [json.loads(json.dumps(net.fingerprint()))]
-    for values, key in ((vars(f_I.vit.blocks[1].attn), "num_heads"), (f_I.data_config, "mean"),
-                        (f_I.data_config, "std"), (f_I.vit.pretrained_cfg, "architecture")):
+def test_fingerprint_has_all_that_decides_the_encoders_output(net, tmp_path):
+    prints, f_I = [], net.image_encoder
+    for edit in ({}, {"transformers_version": "4.0"}, {"num_attention_heads": 2}, {"words": WORDS[::-1]},
+                 {"file": "tokenizer_config.json", "do_lower_case": False},
+                 {"file": "tokenizer_config.json", "model_max_length": 7}):
+        save_text_encoder(tmp_path, **edit)
+        prints.append(model.TextEncoder(str(tmp_path)).fingerprint())
+    assert prints[0] == prints[1] and all(model.differences(prints[0], other) for other in prints[2:])
+    prints = [json.loads(json.dumps(net.fingerprint()))]
+    for values, key in ((vars(f_I.vit.blocks[1].attn), "num_heads"), (vars(f_I), "input_size"),
+                        (vars(f_I), "interpolation"), (f_I.vit.pretrained_cfg, "architecture")):
         values[key] = "other"
         prints.append(net.fingerprint())
-    for p in (*f_I.parameters(), *net.text_encoder.parameters()):
-        p.view(-1)[-1] += 1e-3
+    for value in (f_I.mean, f_I.std, *f_I.parameters(), *net.text_encoder.parameters()):
+        value.view(-1)[-1] += 1e-3
         prints.append(net.fingerprint())
     assert all(model.differences(then, now) for then, now in zip(prints, prints[1:]))
-    assert model.differences({"a": 1, "old": 2}, {"new": 3, "a": 2}) == "a (then 1, now 2)"
 
 
-def test_a_checkpoint_runs_no_code_and_is_refused_unless_whole(pretrained, tmp_path):
-    whole, folder, files = torch.load(pretrained.checkpoint), tmp_path / "code was run", tmp_path / "files"
-    makes_folder = type("MakesFolder", (), {"__reduce__": lambda self: (os.mkdir, (str(folder),))})()
-    evil = {**whole, "config": makes_folder}
-    contents = {f"lacks {key}": {k: v for k, v in whole.items() if k != key} for key in model.CHECKPOINT_KEYS}
-    contents.update({"evil": evil, "list": [1, 2], "config": {**whole, "config": {"width": 3}}})
-    files.mkdir()
-    for name, content in contents.items():
-        torch.save(content, files / name)
-    (files / "pickle").write_bytes(pickle.dumps(evil, protocol=2))
-    (files / "torn").write_bytes(pretrained.checkpoint.read_bytes()[:-1000])
-    (files / "empty").write_bytes(b"")
-    for path in (*files.iterdir(), files, tmp_path / "none.pt"):
-        said = call(pretrain, "--eval", path, "--coco", "/nowhere", code=2).err
-        assert f"{path} is not a whole checkpoint" in said
-    assert not folder.exists()
-    loaded = model.TIJEPA.from_checkpoint(pretrained.checkpoint)[0]
-    for part, state in whole["model"].items():
-        assert all(torch.equal(getattr(loaded, part).state_dict()[k], v) for k, v in state.items())
+def test_a_checkpoint_runs_no_code_and_is_refused_unless_complete(pretrained, tmp_path):
+    complete, made = torch.load(pretrained.checkpoint), tmp_path / "code was run"
+    makes_folder = type("MakesFolder", (), {"__reduce__": lambda self: (os.mkdir, (str(made),))})()
+    contents = {key: {k: v for k, v in complete.items() if k != key} for key in model.CHECKPOINT_KEYS}
+    contents |= {"code": makes_folder, "a list": [1, 2], "no X": {**complete, "model": {"predictor": {}}}}
+    content = pretrained.checkpoint.read_bytes()
+    ways = {"empty": Path.touch, "folder": Path.mkdir, "torn": lambda path: path.write_bytes(content[:-999])}
+    for name in (*contents, *ways):
+        out, path = tmp_path / name, tmp_path / name / "checkpoint.pt"
+        out.mkdir()
+        torch.save(contents[name], path) if name in contents else ways[name](path)
+        before = tree(path)
+        for command in (["--eval", path, "--device", "cpu"], [*pretrained.options, "--resume"]):
+            said = call(pretrain, *command, "--out", out, code=2).err
+            assert f"{path} is not a complete checkpoint" in said and tree(path) == before
+    assert not made.exists()
 
 
-class Elsewhere(torch.utils._python_dispatch.TorchDispatchMode):
-    """The device "meta" stands for a GPU: no operation has tensors on both, and what is read back is 0."""
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, aten = kwargs or {}, torch.ops.aten
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        devices = {x.device.type for x in tensors if x.ndim or x.is_meta}  # a number may lie on the CPU
-        assert len(devices) < 2, f"{function} with tensors on more than one device"
-        if devices == {"meta"} and function is aten._local_scalar_dense.default:
-            return 0
-        if devices == {"meta"} and function is aten._to_copy.default and str(kwargs.get("device")) == "cpu":
-            return torch.zeros_like(args[0], device="cpu", dtype=kwargs.get("dtype"))
-        return function(*args, **kwargs)
-
-
-def test_nothing_is_left_on_the_cpu(pretrained, toy, images, tmp_path, monkeypatch):
-    encoders = torch.load(pretrained.checkpoint)["encoders"]
-    monkeypatch.setattr(model.TIJEPA, "fingerprint", lambda net: encoders)  # so that the cache is found
-    monkeypatch.setattr(model, "pick_device", lambda name: torch.device("meta"))
-    with Elsewhere():
-        call(pretrain, *pretrained.options, "--epochs", 1, "--out", tmp_path)
-        net = model.TIJEPA.from_checkpoint(pretrained.checkpoint)[0].to("meta")
-        features = net.frozen(images, TEXTS)
-        assert all(tensor.is_meta for tensor in (*features, *net.encode(images, TEXTS)))
-        assert pretrain.energy_matrix(net, features, draws=2).shape == (3, 3)
-
-
-@pytest.mark.parametrize("name", ["float16", "bfloat16"])
-def test_half_precision_is_for_the_forward_passes_only(net, images, name):
-    dtype, masks, runs = getattr(torch, name), sample_masks(net.grid, 3, 0), []
-    for net.dtype in (model.pick_dtype("auto", net.device), dtype):  # auto is float32 on a CPU
-        features = net.frozen(images, TEXTS)
-        out = net(*features, masks)
-        runs.append([*features[:2], out.prediction, out.energy, out.target, *net.encode(images, TEXTS)])
-    for i, (single, half) in enumerate(zip(*runs)):
-        assert single.dtype == torch.float32 and half.dtype == (dtype if i < 3 else torch.float32)
-        assert 0.01 < (half.float() - single).norm() / single.norm() / torch.finfo(dtype).eps < 4, i
-        if i < 2:  # f_I and f_T themselves ran in half precision: their output is not just rounded
-            assert (half != single.to(dtype)).float().mean() > 0.03
-
-
-@pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
-def test_the_gpu_that_is_asked_for_is_made_the_current_one(monkeypatch, name, index):
-    chosen = []
-    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)  # below torch's own checks
-    assert model.pick_device(name) == torch.device("cuda", index)
-    assert chosen in ([index, "high"], ["high"] * (index == 0))
-
-
-def test_a_gpu_is_used_in_the_precision_it_has_and_never_replaced_in_silence(monkeypatch):
-    for fast, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # torch counts slow ones as well
-        supported = lambda including_emulation=True: fast or including_emulation
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert model.pick_dtype("auto", torch.device("cuda")) == dtype
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="470.57\n470.57\n"))
-    for backend in (torch.cuda, torch.backends.mps):
-        monkeypatch.setattr(backend, "is_available", lambda: False)
-    said = call(pretrain, "--coco", "/nowhere", code=2).err
-    assert "driver 470.57)" in said and "--device cpu" in said
-    assert model.pick_dtype("auto", model.pick_device("cpu")) == torch.float32
-
-
-def test_a_checkpoint_finds_its_encoders_where_they_lie_now(tmp_path, monkeypatch):
+def test_from_checkpoint_loads_all_weights_and_takes_moved_encoders_but_no_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in (0, 1):
         torch.manual_seed(number)
         torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), f"vit{number}")
         save_text_encoder(Path(f"bert{number}"), layer_norm_eps=10.0 ** (-6 + number))
-    net = model.TIJEPA(replace(CONFIG, image_encoder="test_vit", image_weights="vit0", text_encoder="bert0"))
-    net.target_encoder.norm.bias.data.add_(1)  # X~ is not X, nor what a seed gives
-    trained = {name: getattr(net, name).state_dict() for name in model.TRAINED}
-    torch.save({**dict.fromkeys(model.CHECKPOINT_KEYS), "config": vars(net.config),
-                "encoders": net.fingerprint(), "model": trained}, "checkpoint.pt")
-    os.rename("vit0", "vit2")
-    os.rename("bert0", "bert2")
-    for weights, folder, words in (("vit2", "", "bert0"), ("vit1", "bert2", "other encoders: f_I weights"),
-                                   ("vit2", "bert1", "other encoders: f_T layer_norm_eps")):
+    encoders = model.ImageEncoder("test_vit", "vit0"), model.TextEncoder("bert0")
+    config = replace(CONFIG, image_encoder="test_vit", image_weights="vit", text_encoder="bert")
+    net = model.TIJEPA(config, encoders)
+    parts = {name: randomize(getattr(net, name)).state_dict() for name in model.TRAINED}
+    contents = {"config": vars(config), "encoders": net.fingerprint(), "model": parts}
+    torch.save(dict.fromkeys(model.CHECKPOINT_KEYS) | contents, "checkpoint.pt")
+    for given, words in ((("vit0", ""), "bert cannot be"), (("vit1", "bert0"), "other encoders: f_I weights"),
+                         (("vit0", "bert1"), "other encoders: f_T layer_norm_eps")):
         with pytest.raises(UserError, match=words):
-            model.TIJEPA.from_checkpoint("checkpoint.pt", weights, folder)
-    loaded, _ = model.TIJEPA.from_checkpoint("checkpoint.pt", "vit2", "bert2")
-    pictures = torch.randn(3, 3, 160, 160, generator=generator_of(0))
-    assert torch.equal(loaded.encode(pictures, TEXTS)[0], net.encode(pictures, TEXTS)[0])
+            model.TIJEPA.from_checkpoint("checkpoint.pt", *given)
+    loaded = model.TIJEPA.from_checkpoint("checkpoint.pt", "vit0", "bert0")[0].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())
+
+
+def test_pick_device_makes_the_gpu_that_is_asked_for_the_current_one(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module, setting in ((torch.cuda, "set_device"), (torch, "set_float32_matmul_precision"),
+                            (torch.backends.cuda, "enable_cudnn_sdp")):
+        monkeypatch.setattr(module, setting, calls.append)
+    for name, device in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
+        assert model.pick_device(name) == torch.device(device)
+        assert calls[-3:] == [torch.device(device), "high", False]
+
+
+def test_pick_device_and_dtype_take_what_a_gpu_has_and_a_cpu_only_without_one(monkeypatch):
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # torch counts emulation as well
+        supported = lambda including_emulation=True: fast or including_emulation
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert model.pick_dtype("auto", torch.device("cuda")) == dtype
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    monkeypatch.setattr(subprocess, "getoutput", lambda command: "sh: nvidia-smi: not found")
+    assert model.pick_device() == torch.device("cpu")
+    monkeypatch.setattr(subprocess, "getoutput", lambda command: "470.57\n470.57")
+    with pytest.raises(UserError, match=r"driver 470.57\).*--device cpu"):
+        model.pick_device()
 
 
 # ---- data.py: pictures, the toy world, COCO ----------------------------------------------------------------
@@ -1223,10 +1119,10 @@ def test_fuzzed_files_give_a_clean_error_or_what_they_say(make, check):
     ("cosine", [0.04, 0.4], {0: 0.04, 25: 0.0927208, 50: 0.22, 100: 0.4}),
     ("warmup_cosine", [10, 2e-4, 1e-3, 1e-6], {0: 2e-4, 5: 6e-4, 10: 1e-3, 55: 5.005e-4, 100: 1e-6})])
 def test_schedule_passes_through_its_points(name, given, expected):
-    found = {step: getattr(pretrain, name)(step, 101, *given) for step in expected}
-    assert found == pytest.approx(expected)
-    one = getattr(pretrain, name)(0, 1, *[0 if value == 10 else value for value in given])
-    assert one == pytest.approx(1e-3 if name == "warmup_cosine" else given[0])  # a run of one step
+    schedule = getattr(pretrain, name)
+    assert {step: schedule(step, 101, *given) for step in expected} == pytest.approx(expected)
+    only = schedule(0, 1, *[0 if value == 10 else value for value in given])  # a run of one step
+    assert only == pytest.approx(1e-3 if name == "warmup_cosine" else given[0])
 
 
 def test_biases_and_norms_are_not_decayed(net):
@@ -1247,17 +1143,20 @@ def test_retrieval_metrics_by_hand():
                "auc_pooled": (3 + 3 + 0) / 18}  # 1, 1, 5 against 2, 3, 2, .5, 0, 0
     assert pretrain.retrieval_metrics(energies) == pytest.approx(by_hand)
     assert pretrain.retrieval_metrics(RANKED) == pytest.approx(RANKED_FIGURES)
-    flat = pretrain.retrieval_metrics(torch.ones(10, 10))  # an energy that says nothing must not score
-    assert [flat[name] for name in ("auc", "auc_pooled", "recall@1", "recall@5")] == [0.5, 0.5, 0, 0]
+    constant = {"images": 9, "auc": 0.5, "auc_pooled": 0.5, "recall@1": 0, "recall@5": 0}  # it says nothing
+    assert pretrain.retrieval_metrics(torch.ones(9, 9)) == constant
+    for value in (np.nan, np.inf):
+        with pytest.raises(FloatingPointError, match="an energy is not finite"):
+            pretrain.retrieval_metrics(torch.where(energies == 0.5, value, energies))
 
 
 def test_held_out_metrics_by_hand(net, images):
-    features = net.frozen(images, TEXTS)
+    features = net.frozen_features(images, TEXTS)
     figures = pretrain.held_out_metrics(net, features)
     assert pretrain.held_out_metrics(net.train(), features) == figures and net.training  # the same each time
     matrix = pretrain.energy_matrix(net, features, draws=1)
     matched, mismatched = matrix.diagonal(), matrix[range(3), [2, 0, 1]]
-    *_, target, prediction, _ = net.measure(*features)
+    *_, target, prediction, _ = net.measure(features)
     means = target.mean((1, 2)).double().numpy()
     share = np.linalg.svd(means - means.mean(0), compute_uv=False)[:2]  # two of three points
     share = share / share.sum()
@@ -1266,99 +1165,48 @@ def test_held_out_metrics_by_hand(net, images):
                "pair_accuracy": (matched < mismatched).float(), "energy_position": (others - target).square(),
                "target_std": target.var(0).sqrt(), "prediction_std": prediction.var(0).sqrt(),
                "target_rank": torch.tensor(np.exp(-(share * np.log(share)).sum()))}
-    for name, values in by_hand.items():
-        assert figures[name] == pytest.approx(values.mean().item(), rel=1e-5), name
-    assert set(figures) == set(by_hand)
+    by_hand = {name: values.mean().item() for name, values in by_hand.items()}
+    assert figures == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_energy_maps_average_the_masks_that_hid_each_patch_and_are_shown(net, images, tmp_path, monkeypatch):
-    features = net.frozen(images[[0, 0, 1, 1]], [*TEXTS[:2], *TEXTS[1:]])
+    features = net.frozen_features(images[[0, 0, 1, 1]], [*TEXTS[:2], *TEXTS[1:]])
     total, count, draw = torch.zeros(4, 36), torch.zeros(36), 0
     while count.min() < 8:
         masks = sample_masks(net.grid, 1, draw)
-        energies = net(*features, masks).patch_energy.detach()
+        energies = net(features, masks).patch_energy.detach()
         for patch, energy in zip(masks.target.flatten(), energies.flatten(1).T, strict=True):
             total[:, patch] += energy
             count[patch] += 1
         draw += 1
-    assert torch.allclose(pretrain.energy_maps(net, *features), total / count, atol=1e-6)
     shown, (a, b, c, d) = Mock(), (total / count).view(4, 6, 6)
     monkeypatch.setattr(pretrain, "show", shown)
-    pretrain.plot_maps(net, [0, 1], features, ["a", "b", "c", "d"], tmp_path / "maps.png")
-    _, pixels, titles, _ = zip(*(call.args for call in shown.call_args_list))
-    assert titles == ("picture", "a", "b", "second minus first", "picture", "c", "d", "second minus first")
-    for found, expected in zip(pixels, (0, a, b, b - a, 1, c, d, d - c), strict=True):
-        assert np.allclose(found, expected, atol=1e-6)
+    pretrain.plot_maps(net, images[:2], features, ["a", "b", "c", "d"], tmp_path / "maps.png")
+    first, second = images[:2].permute(0, 2, 3, 1)
+    expected = (("picture", first), ("a", a), ("b", b), ("second minus first", b - a),
+                ("picture", second), ("c", c), ("d", d), ("second minus first", d - c))
+    for panel, (title, pixels) in zip(shown.call_args_list, expected, strict=True):
+        assert panel.args[2] == title and np.allclose(panel.args[1], pixels, atol=1e-6)
 
 
-def bench(*options):
-    """--bench of the toy, 9 batches of 8 images an epoch without the held-out -> its figures by name."""
-    sizes = ["--batch_size", 8, "--epochs", 3, "--max_images", 80, "--held_out", 8, "--posts", 70]
-    done = call(pretrain, "--bench", "--accumulate", 2, *sizes, "--device", "cpu", *options)
-    return {line[:44].strip(): float(line[44:]) for line in done.out.splitlines()}
-
-
-def test_bench_adds_up_a_step_of_its_parts_by_hand(monkeypatch):
-    """Masks, forward and backward once a micro-batch, optimiser and EMA once a step."""
-    took = {"masks": 0.001, "forward": 0.002, "backward": 0.003, "optimiser": 0.004, "EMA": 0.005,
-            **dict.fromkeys(("encode", "pool", "tune", "probe"), 0.032)}
-    timed = Mock(return_value=(took, 2.0, 6.0))  # GFLOP of one image in f_I, and in the trained half
-    monkeypatch.setattr(pretrain, "time_parts", timed)
-    monkeypatch.setattr(pretrain, "PEAK_TFLOPS", {"": 10})  # of a device without a name
-    for accumulate, B, step in ((1, 8, 0.015), (4, 2, 4 * 0.006 + 0.009)):
-        figures = bench("--accumulate", accumulate)
-        assert timed.call_args.args[2] == B
-        by_hand = {**{f"{part}, ms for {B} images": 1000 * took[part] for part in pretrain.STEP},
-                   f"step of 8 images, --accumulate {accumulate}, ms": 1000 * step,
-                   "training, images/s": 8 / step, "encode by f_I, images/s": 1000,
-                   "MFU on , %": 100 * (8 * 6e9 / step) / 10e12, "what the cache saves, by FLOPs": 8 / 6,
-                   "minutes to pretrain, 27 steps": 27 * step / 60,
-                   # f_T's 0.2 million weights, 24 tokens a caption, 5 captions, at f_I's 2 GFLOP in 1 ms
-                   "minutes to encode 80 pairs": 80 * (0.001 + 5 * 0.001 * 2 * 0.2e6 * 24 / 2e9) / 60}
-        assert {name: figures[name] for name in by_hand} == pytest.approx(by_hand, rel=1e-3)
-
-
-def test_bench_prints_its_figures_and_needs_no_data(tmp_path, monkeypatch):
+def test_bench_adds_up_a_step_of_its_parts_and_needs_no_data(tmp_path, monkeypatch):
+    """Masks, forward and backward once a micro-batch, optimiser and EMA once a step, 9 steps an epoch."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain.time_parts, "__defaults__", (4, 60))  # rounds, seconds
-    figures = bench()
-    assert not list(tmp_path.iterdir()) and len(figures) == 22 and min(figures.values()) > 0
-    step = "step of 8 images, --accumulate 2, ms"
-    ms, rates = figures[step], figures["encode by f_I, images/s"]
-    assert figures["minutes to pretrain, 27 steps"] == pytest.approx(27 * ms / 60000, rel=1e-2)  # 8 held out
-    assert 70 / rates / 60 < figures["minutes to encode 70 posts"] < figures["minutes to encode 80 pairs"]
-    features = 2e-9 * (150 * 36 * 96 + (5 * 80 + 70) * pretrain.TOKENS * 96)
-    assert figures["disk for the features, GB"] == pytest.approx(features, rel=1e-2)
-    assert figures["training, images/s"] * ms / 1000 == pytest.approx(8, rel=1e-3)
-    # f_I by hand: 37 tokens of width 96, 2 blocks of 12 D^2 + 2 N D multiply-adds, 36 patches of 192 values
-    by_hand = 2 * (2 * 37 * (12 * 96 ** 2 + 2 * 37 * 96) + 36 * 192 * 96) / 1e9
-    frozen, trained = (figures[f"{half}, GFLOP per image"] for half in ("f_I", "trained half"))
-    assert frozen == pytest.approx(by_hand, rel=1e-3)
-    net = model.TIJEPA(replace(model.PRESETS["toy"], vocabulary=WORDS))
-    X, g = (sum(p.numel() for p in part.parameters() if p.ndim == 2)
-            for part in (net.context_encoder, net.predictor))
-    draws = [sample_masks(net.grid, 8, 0, number) for number in range(10)]
-    C, H = (np.mean([index[0].numel() for index in pair]) for pair in zip(*draws))
-    # Two operations a weight and token, and twice that backward; attention and what is skipped is about 12 %
-    assert trained == pytest.approx((6 * X * C + 2 * X * H + 6 * g * (4 * C + H)) / 1e9, rel=0.25)
-    assert figures["what the cache saves, by FLOPs"] == pytest.approx((frozen + trained) / trained, rel=1e-3)
-
-
-def test_bench_says_which_accumulate_fits_the_memory(monkeypatch):
-    monkeypatch.setattr(pretrain.time_parts, "__defaults__", (1, 1))
-    forward = model.TIJEPA.forward
-
-    def limited(net, s_image, *rest):
-        if len(s_image) > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(net, s_image, *rest)
-
-    monkeypatch.setattr(model.TIJEPA, "forward", limited)
-    for fits, too_much, says in ((2, "1: 2:", "step of 6 images, --accumulate 3, ms"),
-                                 (0, "1: 2: 3: 6:", "not even one image")):
-        done = call(pretrain, "--bench", "--batch_size", 6, "--device", "cpu", code=0 if fits else 2)
-        refused = [line.split()[1] for line in done.out.splitlines() if "do not fit" in line]
-        assert " ".join(refused) == too_much and says in done.out + done.err
+    monkeypatch.setattr(pretrain.bench, "__defaults__", (4, 60))  # rounds, seconds
+    monkeypatch.setattr(pretrain, "PEAK_TFLOPS", {"": 10})  # of a device without a name
+    options = "--bench --batch_size 8 --accumulate 4 --epochs 3 --max_images 80 --held_out 8 --device cpu"
+    lines = call(pretrain, *options.split()).out.splitlines()
+    printed = {line[:44].strip(): float(line[44:]) for line in lines}
+    *once_a_part, optimiser, ema = (printed[f"{part}, ms for 2 images"] for part in pretrain.PARTS)
+    step = (4 * sum(once_a_part) + optimiser + ema) / 1000
+    # f_I: 37 tokens of width 96, 2 blocks of 12 D^2 + 2 N D multiply-adds, 36 patches of 192 values
+    by_hand = {"f_I, GFLOP per image": 2 * (2 * 37 * (12 * 96 ** 2 + 2 * 37 * 96) + 36 * 192 * 96) / 1e9,
+               "step of 8 images, --accumulate 4, ms": 1000 * step, "training, images/s": 8 / step,
+               "MFU on , %": 100 * 8 * printed["trained half, GFLOP per image"] / step / 10e3,
+               "disk for the features, GB": 2e-9 * 80 * (36 * 96 + 5 * 24 * 96),
+               "minutes to pretrain, 27 steps": 27 * step / 60}
+    assert {name: printed[name] for name in by_hand} == pytest.approx(by_hand, rel=2e-3)
+    assert not list(tmp_path.iterdir()) and min(printed.values()) > 0
 
 
 def run_log(out):
@@ -1402,8 +1250,8 @@ def forwards(monkeypatch):
     """The masks and the Output of each forward pass with gradients of this test's runs."""
     passes, forward = [], model.TIJEPA.forward
 
-    def record(net, s_image, s_text, text_mask, masks):
-        out = forward(net, s_image, s_text, text_mask, masks)
+    def record(net, features, masks):
+        out = forward(net, features, masks)
         if torch.is_grad_enabled():
             passes.append((masks, out))
         return out
@@ -1420,10 +1268,10 @@ def narrow(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def whole_run(pretrained, tmp_path_factory):
+def unbroken(pretrained, tmp_path_factory):
     """A run of 40 steps without a break: its options and its folder."""
     run = SimpleNamespace(options=[*pretrained.options, *SHORT, "--accumulate", 1])
-    run.out = tmp_path_factory.mktemp("whole")
+    run.out = tmp_path_factory.mktemp("unbroken")
     train(run, run.out)
     return run
 
@@ -1442,24 +1290,13 @@ def test_pretrain_end_to_end(pretrained):
     said, log = pretrained.done.out, run_log(pretrained.out)
     assert "pretrain: preset toy, 32 images" in said and "8 held out" in said
     assert "read 40 images, skipped: 1 image not on disk, 1 unreadable image" in said
-    assert len(re.findall("cannot be read: .*/000000000040.jpg", pretrained.done.err)) == 1
-    assert " ".join(log[0]) == ("step epoch loss lr wd momentum start_share grad_norm skipped_steps "
-                                "energy_matched energy_mismatched pair_accuracy energy_position target_std "
-                                "prediction_std target_rank")
     assert all(name in pretrain.__doc__ for name in {*log[0], *SLOW})
     assert [(line["step"], line["epoch"]) for line in log] == [(3, 1.5), (4, 2.0)]
-    last = [log[-1][name] for name in ("lr", "wd", "momentum", "skipped_steps")]
-    assert last == pytest.approx([1e-6, 0.4, 1.0, 0])
-    assert 0.3 < log[1]["loss"] < log[0]["loss"] < 3
-    checkpoint = torch.load(pretrained.checkpoint, weights_only=True)
     share = np.prod([0.994 + 0.006 * step / 3 for step in range(4)])
-    assert checkpoint["start_share"] == pytest.approx(share) == log[-1]["start_share"]
+    assert log[-1]["start_share"] == pytest.approx(share)
     assert f"warning: {share:.0%} of X~ is still its random start" in pretrained.done.err
-    assert set(checkpoint["seconds"]) == {"encode the pairs", "pretrain"}
-    assert checkpoint["identity"]["--epochs"] == 2 and checkpoint["config"]["dim"] == 96
-    assert checkpoint["skipped"] == {"image not on disk": 1, "unreadable image": 1}
     by_hash = sorted((f"{i:012d}.jpg" for i in range(40)), key=data.digest)
-    assert checkpoint["step"] == 4 and sorted(checkpoint["held_out"]) == sorted(by_hash[:8])
+    assert sorted(torch.load(pretrained.checkpoint)["held_out"]) == sorted(by_hash[:8])
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -1490,8 +1327,8 @@ def test_each_step_has_the_images_captions_masks_rates_and_momentum_that_are_pro
     assert np.array_equal(drawn, np.concatenate(orders, 1))
     assert ((drawn[1] // 5 == drawn[0]) == (not shuffled)).all()  # five captions an image
     for n in range(20):
-        for whole, *parts in zip(sample_masks((6, 6), 8, 3, n), forwards[2 * n][0], forwards[2 * n + 1][0]):
-            assert torch.equal(whole, torch.cat(parts)) and len(parts[0]) == 4
+        for batch, *parts in zip(sample_masks((6, 6), 8, 3, n), forwards[2 * n][0], forwards[2 * n + 1][0]):
+            assert torch.equal(batch, torch.cat(parts)) and len(parts[0]) == 4
         lr = 2e-4 + n * 4e-4 if n < 2 else 1e-6 + 0.999e-3 * (1 + np.cos(np.pi * (n - 2) / 17)) / 2
         wd = 0.4 - 0.36 * (1 + np.cos(np.pi * n / 19)) / 2
         assert rates[n] == pytest.approx((2 * n + 2, lr, lr, wd, 0))
@@ -1515,77 +1352,70 @@ def test_the_loss_is_the_one_that_is_named_with_sigreg_by_its_weight(narrow, pre
         assert line["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_each_step_by_its_log_and_accumulation_equals_the_large_batch(pretrained, tmp_path, monkeypatch):
-    steps, runs, step = [], [], torch.optim.AdamW.step
+def test_gradients_are_clipped_and_accumulation_equals_the_large_batch(pretrained, tmp_path, monkeypatch):
+    norms, logs, step = [], [], torch.optim.AdamW.step
 
     def record(optimizer, *inputs):
-        norms = [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
-        steps.append(torch.stack(norms).norm().item())
+        grads = [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.stack(grads).norm().item())
         return step(optimizer, *inputs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
-    options = ["--log_every", 1, "--target", "image"]
+    options = "--log_every 1 --target image --accumulate".split()
     for parts, clip in ((1, 0.05), (1, 1e6), (4, 1e6)):
-        train(pretrained, tmp_path, *options, "--accumulate", parts, "--clip", clip)
-        runs.append(run_state(tmp_path))
-        for norm, line in zip(steps[-4:], runs[-1]["log"], strict=True):
+        train(pretrained, tmp_path, *options, parts, "--clip", clip)
+        logs.append(run_log(tmp_path))
+        for norm, line in zip(norms[-4:], logs[-1], strict=True):
             assert line["grad_norm"] > 0.1 and norm == pytest.approx(min(clip, line["grad_norm"]), rel=1e-3)
-    _, whole, parts = runs
-    for state in (*whole["model"].values(), *parts["model"].values()):
-        for name in filter(re.compile("kv.bias").search, state):
-            state[name].chunk(2)[0].zero_()  # the keys' moves no softmax: its gradient is rounding
-    for name, rtol, atol in (("log", 2e-5, 0), ("model", 1e-3, 3e-5), ("optimizer", 1e-3, 3e-5)):
-        torch.testing.assert_close(parts[name], whole[name], rtol=rtol, atol=atol)
+    torch.testing.assert_close(logs[2], logs[1], rtol=2e-5, atol=0)  # the energies show the weights
 
 
-def test_pretraining_is_repeatable_and_replaces_what_was_there(pretrained, tmp_path, monkeypatch):
-    """Another seed is another run; and without an EMA the target encoder is the context encoder."""
+def test_pretraining_is_repeatable_and_another_seed_gives_other_weights(pretrained, tmp_path, monkeypatch):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "nowhere"}.items():
         monkeypatch.setenv(name, value)  # as other launchers do
-    states = []
-    for options in ("--momentum 0 --final_momentum 0", "--seed 1", ""):
-        assert "1 process," in train(pretrained, tmp_path, *options.split()).out
-        states.append(run_state(tmp_path)["model"])
-        target = states[-1]["target_encoder"]
-        same = [torch.equal(value, target[name]) for name, value in states[-1]["context_encoder"].items()]
-        assert all(same) == ("momentum" in options)
+    for seed in (1, 0):  # the second replaces what is there
+        assert "1 process," in train(pretrained, tmp_path, "--seed", seed).out
+        states = [run_state(out)["model"]["predictor"] for out in (tmp_path, pretrained.out)]
+        assert {torch.equal(*pair) for pair in zip(*(state.values() for state in states))} == {seed == 0}
     assert_same_run(tmp_path, pretrained.out)
-    _, other, again = (state["predictor"] for state in states)
-    assert not any(torch.equal(value, again[name]) for name, value in other.items())
 
 
-def test_eval_command_measures_held_out_pairs_and_typed_captions(toy, pretrained, tmp_path, monkeypatch):
-    assert f"eval {pretrained.checkpoint}" in pretrained.judged.out
+def test_half_precision_steps_as_single_does(narrow, pretrained, forwards, tmp_path):
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        train(pretrained, tmp_path, *"--epochs 1 --log_every 1 --dtype".split(), str(dtype)[6:])
+        for _, out in forwards[-4:]:
+            assert out.prediction.dtype == dtype and out.energy.dtype == out.target.dtype == torch.float32
+        runs.append([line[name] for line in run_log(tmp_path) for name in ("loss", "grad_norm")])
+    single, *halves = runs
+    for half in halves:
+        for n, (value, expected) in enumerate(zip(half, single, strict=True)):
+            assert value == pytest.approx(expected, rel=(0.02, 0.1)[n % 2]) and value != expected
+
+
+def test_eval_command_measures_as_the_log_and_draws_four_pictures(pretrained):
     for name, size in (("curves", (1600, 320)), ("energies", (500, 320)), ("masks", (800, 840)),
                        ("maps", (1000, 1080))):
         picture = Image.open(pretrained.out / f"{name}.png")
         assert picture.size == size and len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    figures = json.loads((pretrained.out / "eval.json").read_text())
-    assert figures.pop("images") == 8 and figures.pop("masks") == 2 and figures["step"] == 4
-    assert figures.pop("skipped") == {"image not on disk": 1, "unreadable image": 1}
-    assert figures.pop("seconds")["evaluate the energies"] > 0
-    assert 0.2 < figures["auc"] < 0.8  # 4 steps teach nothing
-    assert all(name.replace("recall@5", "@5") in pretrain.__doc__ for name in figures)
-    logged = run_log(pretrained.out)[-1]  # of the same weights
-    for name in figures.keys() & logged.keys():
-        assert figures[name] == pytest.approx(logged[name], rel=1e-5)
-    options = ["--eval", pretrained.checkpoint, "--device", "cpu", "--out", tmp_path / "ranked"]
-    image = toy / "mvsa" / "MVSA_Single" / "data" / "1.jpg"
-    typed = ["red bars blue tiles lime bands ink lines", "moss bars", "who are they"]
-    before = tree(pretrained.out)
-    drawn = Mock(wraps=pretrain.plot_maps)
+    figures, logged = json.loads((pretrained.out / "eval.json").read_text()), run_log(pretrained.out)[-1]
+    same = figures.keys() & logged.keys()  # of the same weights
+    assert len(same) == 8 and all(figures[name] == pytest.approx(logged[name], rel=1e-5) for name in same)
+    assert figures["skipped"] == {"image not on disk": 1, "unreadable image": 1} and figures["images"] == 8
+
+
+def test_eval_command_ranks_typed_captions_by_their_energy(toy, pretrained, tmp_path, monkeypatch):
+    typed, drawn = ["red bars blue tiles lime bands ink lines", "moss bars", "who are they"], Mock()
     monkeypatch.setattr(pretrain, "plot_maps", drawn)
-    *lines, worth = call(pretrain, *options, "--image", image, "--captions", *typed).out.splitlines()
+    image = toy / "mvsa" / "MVSA_Single" / "data" / "1.jpg"
+    lines = call(pretrain, "--eval", pretrained.checkpoint, "--device", "cpu", "--out", tmp_path, "--image",
+                 image, "--captions", *typed).out.splitlines()
     energies, _, captions = zip(*(line.partition("  ") for line in lines))
-    assert sorted(captions) == sorted([*typed[:2], "who are they  (f_T does not know most of its words)"])
     energies = [float(energy) for energy in energies]
-    assert energies == sorted(energies) and len(set(energies)) == 3
-    assert f"pair accuracy on the held-out images: {logged['pair_accuracy']:.2f}" in worth
-    assert [path.name for path in (tmp_path / "ranked").glob("*.png")] == ["maps_1.png"]
-    net, _, features, titles, _ = drawn.call_args.args  # of the lowest and the highest
-    assert lines[0].startswith(titles[0]) and lines[2].startswith(titles[1])
-    assert net.mean_energy(*features, 2).tolist() == pytest.approx([energies[0], energies[2]], abs=1e-4)
-    assert tree(pretrained.out) == before
+    assert sorted(captions) == sorted(typed) and energies == sorted(energies) and len(set(energies)) == 3
+    net, _, features, titles, path = drawn.call_args.args  # of the lowest and the highest
+    assert titles == [lines[0], lines[2]] and path == tmp_path / "maps_1.png"
+    assert net.mean_energy(features, 2).tolist() == pytest.approx([energies[0], energies[2]], abs=1e-4)
 
 
 def test_eval_command_draws_own_and_other_captions_in_the_precision_that_is_asked_for(
@@ -1602,66 +1432,51 @@ def test_eval_command_draws_own_and_other_captions_in_the_precision_that_is_aske
     own, other = figure.subplots().hist.call_args.args[0]
     assert own.tolist() == list(range(8)) and sorted(other) == sorted(7 * list(range(8)))
     items = [item for item in data.load_coco(toy / "coco")[0] if item[0].name in names][:4]
-    images, captions = [data.read_image(path) for path, _ in items], [texts[0] for _, texts in items]
-    _, pictures, (s_image, s_text, text_mask), titles, _ = pretrain.plot_maps.call_args.args
-    assert [*pictures] == images and pretrain.plot_masks.call_args.args[:2] == (pictures[:3], (*captions,))
-    assert titles[::2] == captions and not any(map(str.__eq__, titles[1::2], captions))
-    transform = data.image_transform(net.image_encoder.data_config)
-    for n, title in enumerate(titles):
-        for found, expected in ((s_image[n], net.frozen_image(transform(images[n // 2])[None])[0]),
-                                (s_text[n][text_mask[n]], net.frozen_text([title])[0][0])):
-            assert (found - expected).norm() < 0.05 * expected.norm()
-
-
-def test_half_precision_steps_as_single_does(narrow, pretrained, forwards, tmp_path):
-    found = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        train(pretrained, tmp_path, *"--epochs 1 --log_every 1 --dtype".split(), str(dtype)[6:])
-        assert {out.prediction.dtype for _, out in forwards[-4:]} == {dtype}
-        found.append([line[name] for line in run_log(tmp_path) for name in ("loss", "grad_norm")])
-    single, *halves = found
-    for half in halves:
-        for n, (value, expected) in enumerate(zip(half, single, strict=True)):
-            assert value == pytest.approx(expected, rel=(0.02, 0.1)[n % 2]) and value != expected
+    _, pictures, features, titles, _ = pretrain.plot_maps.call_args.args
+    for n, (path, captions) in enumerate(items):
+        assert torch.equal(pictures[n], data.read_image(path, net.image_encoder))
+        assert titles[2 * n] == captions[0] != titles[2 * n + 1]
+    images = torch.stack(pictures).repeat_interleave(2, 0)  # two captions each, all of one length
+    for drawn, encoded in zip(features, net.frozen_features(images, titles), strict=True):
+        differ = (drawn.float() - encoded.float()).flatten(1).norm(dim=1)
+        assert len(drawn) == 8 and (differ <= 0.05 * encoded.float().flatten(1).norm(dim=1)).all()
 
 
 # ---- What one can rely on: silent accidents first ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "overflow"])
-def test_a_break_between_log_lines_changes_nothing(narrow, whole_run, tmp_path, monkeypatch, dtype):
-    whole, cut, scaler = tmp_path / "whole", tmp_path / "cut", torch.amp.GradScaler
+@pytest.mark.parametrize("dtype, number", [("float32", signal.SIGTERM), ("bfloat16", signal.SIGINT),
+                                           ("float16", signal.SIGTERM), ("overflow", signal.SIGINT)])
+def test_a_run_that_a_signal_stops_resumes_as_if_it_had_not(
+        narrow, unbroken, tmp_path, monkeypatch, dtype, number):
+    """Between two log lines. Meanwhile a second run is refused, and a second Ctrl-C would end the process."""
+    straight, cut, scaler = tmp_path / "straight", tmp_path / "cut", torch.amp.GradScaler
     options = ["--epochs", 3, "--log_every", 3, "--dtype", dtype.replace("overflow", "float16"), "--resume"]
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+
+    def interrupt():
+        before = tree(cut)
+        assert f"another run writes to {cut}" in train(unbroken, cut, *options, code=2).err
+        assert tree(cut) == before
+        signal.raise_signal(number)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the system's: it kills
+
     with monkeypatch.context() as patch:
         if dtype == "overflow":  # begin with a scale at which float16 gradients overflow
             patch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0 ** 27, **k))
-        train(whole_run, whole, *options)
-        in_step(patch, 5, signal.raise_signal, signal.SIGTERM)
-        train(whole_run, cut, *options, code=143)
-    assert "after step 5 of 12" in train(whole_run, cut, *options).out
-    assert_same_run(cut, whole)
-    found = run_state(cut)
-    skipped = [line["skipped_steps"] for line in found["log"]]
-    assert bool(found["scaler"]) == (dtype in ("float16", "overflow"))
+        train(unbroken, straight, *options)
+        in_step(patch, 5, interrupt)
+        stopped = train(unbroken, cut, *options, code=128 + number)
+    assert "stopped after step 5 of 12" in stopped.out and "Traceback" not in stopped.err
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    assert "after step 5 of 12" in train(unbroken, cut, *options).out
+    assert_same_run(cut, straight)
+    log = run_log(cut)
+    skipped = [line["skipped_steps"] for line in log]
     if dtype == "overflow":
-        assert skipped[:2] == [3, 6] and 6 <= skipped[-1] < 12 and found["log"][0]["grad_norm"] is None
-        assert found["scaler"]["scale"] == 2.0 ** (27 - skipped[-1])
-        assert {state["step"].item() for state in found["optimizer"]["state"].values()} == {12 - skipped[-1]}
+        assert skipped[:2] == [3, 6] and 6 <= skipped[-1] < 12 and log[0]["grad_norm"] is None
     else:
-        assert skipped == [0] * 4 and all(line["grad_norm"] > 0 for line in found["log"])
-
-
-def turn_captions(run):
-    """The first two words of each in the other order."""
-    path = run.coco / CAPTIONS
-    path.write_text(re.sub(r'("caption": ")(\w+) (\w+)', r"\1\3 \2", path.read_text()))
-
-
-def other_weights(run):
-    """f_I's weights, a little changed."""
-    vit = model.toy_vit()
-    vit.patch_embed.proj.weight.data.mul_(1.01)
-    run.patch.setattr(model, "toy_vit", lambda: vit)
+        assert skipped == [0] * 4 and all(line["grad_norm"] > 0 for line in log)
 
 
 def spoil(out, change):
@@ -1671,119 +1486,84 @@ def spoil(out, change):
     torch.save(checkpoint, out / "checkpoint.pt")
 
 
-HELD_OUT, OTHER_DATA = ["{path}", "{held_out}"], ["{path}", "data (then "]
-NOT_WHOLE, OTHER_WEIGHTS = ["{path} is not a whole checkpoint"], ["{path}", "f_I weights (then "]
-ACCIDENTS = {  # what happens: (how, words of --eval, words of --resume); none: it goes on; None: not asked
-    "nothing": (lambda run: None, [], []),
-    "the log is cut off": (lambda run: os.truncate(run.out / "log.jsonl", 200), None, []),
-    "most images trained on are lost": (lambda run: [path.unlink() for path in run.others[1:]], [], None),
-    "captions": (turn_captions, HELD_OUT, OTHER_DATA),
-    "a picture": (lambda run: shutil.copy(run.held_out[1], run.held_out[0]), HELD_OUT, OTHER_DATA),
-    "a lost image": (lambda run: run.held_out[0].unlink(), HELD_OUT, OTHER_DATA),
-    "all held out are lost": (lambda run: [path.unlink() for path in run.held_out], HELD_OUT, OTHER_DATA),
-    "weights": (other_weights, OTHER_WEIGHTS, OTHER_WEIGHTS),
-    "model": (lambda run: spoil(run.out, lambda c: c.update(model={"predictor": {}})), NOT_WHOLE, NOT_WHOLE),
-    "running": (lambda run: spoil(run.out, lambda c: c.update(running=torch.zeros(0))), None, NOT_WHOLE),
-    "log": (lambda run: spoil(run.out, lambda c: c.update(log=[{}])), None, NOT_WHOLE),
-    "moments": (lambda run: spoil(
-        run.out, lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1))), None, NOT_WHOLE),
-    "torn": (lambda run: os.truncate(run.out / "checkpoint.pt", 3_000_000), NOT_WHOLE, NOT_WHOLE)}
+HELD_OUT, OTHER_DATA, OTHER_WEIGHTS = "{held_out}", "data (then ", "f_I weights (then "
+ACCIDENTS = {  # what happens: (how, words of --eval, words of --resume); no words: the command succeeds
+    "nothing": (lambda run: None, "", ""),
+    "the log is cut off": (lambda run: os.truncate(run.out / "log.jsonl", 200), "", ""),
+    "an image trained on is lost": (lambda run: run.others[0].unlink(True), "", OTHER_DATA),
+    "all held out are lost": (lambda run: [path.unlink(True) for path in run.held_out], HELD_OUT, OTHER_DATA),
+    "another picture": (lambda run: shutil.copy(*run.held_out[:2]), HELD_OUT, OTHER_DATA),
+    "other captions": (lambda run: run.captions.write_text(
+        run.captions.read_text().replace('"caption": "', '"caption": "red ')), HELD_OUT, OTHER_DATA),
+    "other weights": (lambda run: run.patch.setattr(
+        model, "hash_weights", lambda module: "other"), OTHER_WEIGHTS, OTHER_WEIGHTS)}
 
 
-@pytest.mark.parametrize("what, finished", [(what, finished) for what, (*_, refused) in ACCIDENTS.items()
-                                            for finished in (True, False) if finished or refused == []])
-def test_after_an_accident_a_run_ends_as_without_or_is_refused_and_kept(
-        toy, pretrained, cut_off, tmp_path, monkeypatch, what, finished):
-    """Also where the data lie elsewhere now."""
-    change, eval_says, resume_says = ACCIDENTS[what]
-    out = shutil.copytree(pretrained.out if finished else cut_off, tmp_path / "out")
-    coco, path = shutil.copytree(toy / "coco", tmp_path / "coco"), out / "checkpoint.pt"
-    names = torch.load(path, weights_only=True)["held_out"]
-    images = sorted((coco / "train2017").iterdir())
+@pytest.mark.parametrize("what", ACCIDENTS)
+def test_after_an_accident_a_run_ends_as_without_it_or_is_refused_and_left_as_it_was(
+        toy, pretrained, cut_off, tmp_path, monkeypatch, what):
+    """--eval of a finished run and --resume of one that was cut off, where the data are elsewhere now."""
+    names, coco = torch.load(pretrained.checkpoint)["held_out"], tmp_path / "coco"
+    images = sorted((shutil.copytree(toy / "coco", coco) / "train2017").iterdir())
     held_out, others = ([path for path in images if (path.name in names) == held] for held in (True, False))
-    change(SimpleNamespace(out=out, coco=coco, held_out=held_out, others=others, patch=monkeypatch))
-    before = tree(out)
-    places = ["--coco", coco, "--cache", tmp_path / "cache", "--device", "cpu", "--out", out]
-    resume = [*pretrained.options, "--workers", 1, "--resume"]
-    for command, words in (["--eval", path], eval_says if finished else None), (resume, resume_says):
-        if words is None:
-            continue
+    run = SimpleNamespace(captions=coco / CAPTIONS, held_out=held_out, others=others, patch=monkeypatch)
+    change, *words_of = ACCIDENTS[what]
+    for source, words in zip((pretrained.out, cut_off), words_of):
+        run.out = shutil.copytree(source, tmp_path / source.name)
+        change(run)
+        before, path, resume = tree(run.out), run.out / "checkpoint.pt", source == cut_off
+        command = [*pretrained.options, "--resume"] if resume else ["--eval", path]
+        places = ["--coco", coco, "--cache", tmp_path / "cache", "--device", "cpu", "--out", run.out]
         said = call(pretrain, *command, *places, code=2 if words else 0).err
-        assert all(word.format(path=path, held_out=held_out[0].name) in said for word in words)
-        assert said.count("(then") == sum("(then" in word for word in words)
-        if words or command != resume:
-            assert tree(out) == before
-    if resume_says == []:
-        assert_same_run(out, pretrained.out)
-
-
-MAY_CHANGE = {"out", "coco", "device", "workers", "cache", "accumulate", "compile", "resume", "bench", "eval",
-              "eval_masks", "posts", "image", "captions", "image_weights", "text_encoder"}
+        if words:
+            assert str(path) in said and words.format(held_out=held_out[1].name) in said
+        if resume and not words:
+            assert_same_run(run.out, pretrained.out)
+        else:
+            assert tree(run.out) == before
 
 
 def test_resume_names_every_option_that_decides_a_run_and_has_changed(pretrained, tmp_path, monkeypatch):
-    """All at once: what is not in MAY_CHANGE, and so any new option, decides."""
+    """All at once: what may not change here, and so any new option, decides."""
+    may_change = {"out", "coco", "device", "workers", "cache", "accumulate", "resume", "bench", "eval",
+                  "eval_masks", "image", "captions", "image_weights", "text_encoder"}
+    others = {"preset": "tiny", "image_encoder": "other", "loss": "smooth_l1", "target": "image",
+              "max_images": 41}
     monkeypatch.setitem(model.PRESETS, "tiny", model.PRESETS["toy"])  # neither needs a download
     encoder = model.ImageEncoder("toy")
     monkeypatch.setattr(model, "ImageEncoder", lambda name, weights: encoder)
     then = vars(pretrain.parse_args([str(option) for option in pretrained.options]))
-    others = {"preset": "tiny", "image_encoder": "other", "loss": "smooth_l1", "target": "image",
-              "dtype": "bfloat16", "max_images": 41}
-    changed, expected = ["--accumulate", 1], []
-    for name in then.keys() - MAY_CHANGE:
+    changed = ["--accumulate", 1, "--dtype", "bfloat16"]
+    expected = ["--dtype (then torch.float32, now torch.bfloat16)"]
+    for name in then.keys() - may_change - {"dtype"}:
         value, flag = then[name], then[name] is False
         now = flag or others.get(name) or (value + 1 if type(value) is int else value / 2 or 0.5)
         changed += [f"--{name}"] if flag else [f"--{name}", now]
         expected.append(f"--{name} (then {value}, now {now})")
-    expected = [words.replace("then auto, now ", "then torch.float32, now torch.") for words in expected]
     out = shutil.copytree(pretrained.out, tmp_path / "out")
     said = train(pretrained, out, *changed, "--cache", tmp_path, "--resume", code=2).err
     assert [words for words in expected if words not in said] == [] and len(expected) > 10
     assert tree(out) == tree(pretrained.out)
 
 
-@pytest.mark.parametrize("batch", [16, 32])  # of two steps an epoch, or one: then each line is a checkpoint
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_files_before(pretrained, tmp_path, batch):
-    wild = "--lr 1e30 --start_lr 1e30 --clip 1e30 --log_every 1 --batch_size".split()
+def test_a_loss_that_is_not_finite_is_never_saved(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "START_LR", 1e30)
+    wild = "--lr 1e30 --clip 1e30 --log_every 1 --batch_size 32".split()  # else each step would be saved
     old = shutil.copytree(pretrained.out, tmp_path / "old")
     for out in (tmp_path / "new", old):
-        said = train(pretrained, out, *wild, batch, code=1).err
+        said = train(pretrained, out, *wild, code=1).err
         assert "--lr" in said and "not finite" in said
     assert not (tmp_path / "new" / "checkpoint.pt").exists() and tree(old) == tree(pretrained.out)
 
 
-def test_ctrl_c_and_sigterm_save_and_resume_goes_on_exactly(whole_run, tmp_path, monkeypatch):
-    """A second Ctrl-C ends the process at once, as the system does."""
-    checkpoint, numbers = tmp_path / "checkpoint.pt", (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.getsignal(one) for one in numbers]
-
-    def interrupt(number):
-        assert signal.getsignal(signal.SIGINT) != handlers[1]
-        signal.raise_signal(number)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the system's: it kills
-
-    for number, code, step in zip(numbers, (143, 130), (3, 11)):
-        in_step(monkeypatch, step, interrupt, number)
-        done = train(whole_run, tmp_path, "--resume", code=code)
-        assert [signal.getsignal(one) for one in numbers] == handlers
-        assert f"stopped after step {step} of 40" in done.out and "Traceback" not in done.err
-        assert run_state(tmp_path)["step"] == len(run_log(tmp_path)) == step
-    assert "after step 11 of 40" in train(whole_run, tmp_path, "--resume").out
-    assert_same_run(tmp_path, whole_run.out)
-    before = checkpoint.stat().st_mtime_ns
-    assert "after step 40 of 40" in train(whole_run, tmp_path, "--resume").out
-    assert checkpoint.stat().st_mtime_ns == before
-
-
-def test_kill_9_at_8_random_moments_loses_nothing_but_time(whole_run, tmp_path):
+def test_kill_9_at_8_random_moments_loses_nothing_but_time(unbroken, tmp_path):
     rng, steps, checkpoint = fresh_rng(), [], tmp_path / "checkpoint.pt"
-    options = [str(option) for option in (*whole_run.options, "--resume", "--out", tmp_path)]
+    options = [str(option) for option in (*unbroken.options, "--resume", "--out", tmp_path)]
     for kill in range(8):
-        trains = kill % 4 < 3  # else it is killed wherever it is: reading, checking, loading
         lines, end = len(run_log(tmp_path)), time.time() + 120
         process = forked(lambda: sys.exit(pretrain.run(options)))
-        while trains and len(run_log(tmp_path)) == lines and process.is_alive():
-            assert time.time() < end, "it never came"
+        while kill % 4 < 3 and len(run_log(tmp_path)) == lines and process.is_alive():  # else at once
+            assert time.time() < end, "no log line came"
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
@@ -1791,27 +1571,12 @@ def test_kill_9_at_8_random_moments_loses_nothing_but_time(whole_run, tmp_path):
         assert process.exitcode in (-9, 0)
         if checkpoint.exists():
             steps.append(model.TIJEPA.from_checkpoint(checkpoint)[1]["step"])
-            if steps[-1] == 40:  # done, and more kills to come: once more from the start
-                train(whole_run, tmp_path, "--resume")  # the log may lack its last line
-                assert_same_run(tmp_path, whole_run.out)
-                checkpoint.unlink()
-    train(whole_run, tmp_path, "--resume")
+            if steps[-1] == 40:
+                checkpoint.unlink()  # once more from the start
+    train(unbroken, tmp_path, "--resume")
     assert len(set(steps)) > 2
-    assert_same_run(tmp_path, whole_run.out)
-
-
-def test_a_second_run_into_a_folder_is_refused_and_the_first_goes_on(whole_run, tmp_path, monkeypatch):
-    refused = []
-
-    def run_again():
-        before = tree(tmp_path)
-        refused.append(train(whole_run, tmp_path, "--resume", code=2).err)
-        assert f"another run writes to {tmp_path}" in refused[0] and tree(tmp_path) == before
-
-    in_step(monkeypatch, 5, run_again)
-    train(whole_run, tmp_path)
-    assert_same_run(tmp_path, whole_run.out)
-    assert refused
+    train(unbroken, tmp_path, "--resume")  # of a run that is finished
+    assert_same_run(tmp_path, unbroken.out)
 
 
 def test_two_processes_have_the_losses_of_one(pretrained, tmp_path):
@@ -1823,31 +1588,30 @@ def test_two_processes_have_the_losses_of_one(pretrained, tmp_path):
     two, one = ([line["loss"] for line in run_log(tmp_path / name)] for name in ("two", "one"))
     assert two == pytest.approx(one, abs=1e-5) and len(two) == 16
     assert "2 processes" in done.stdout and done.stdout.count("pretrain: wrote") == 1
-    assert "skipped: 1 image not on disk, 1 unreadable image" in done.stdout
 
 
-def test_a_disk_that_fills_up_within_a_checkpoint_leaves_the_one_before(pretrained, cut_off, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_gets_a_sentence_and_leaves_the_one_before(
+        pretrained, cut_off, tmp_path):
     out, limit = shutil.copytree(cut_off, tmp_path / "out"), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limit[1]))  # a checkpoint has 5 MB
         said = train(pretrained, out, "--resume", code=2).err
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert f"{out}/checkpoint.pt cannot be written" in said
-    assert tree(out) == tree(cut_off)  # and nothing half-made
-    train(pretrained, out, "--resume")
-    assert_same_run(out, pretrained.out)
+    assert f"{out}/checkpoint.pt cannot be written" in said and tree(out) == tree(cut_off)
+    (tmp_path / "checkpoint.pt").mkdir()  # a folder in its place
+    assert "Is a directory" in train(pretrained, tmp_path, code=2).err
 
 
-def test_too_little_memory_names_what_to_lower(pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(model.TIJEPA, "forward", lambda *inputs: torch.empty(1 << 55))
-    assert "out of memory; lower --batch_size or --held_out" in train(pretrained, tmp_path, code=2).err
-    monkeypatch.setattr(model.TIJEPA, "forward", lambda *inputs: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):  # any other error is a bug
-        train(pretrained, tmp_path)
-    monkeypatch.setattr(model, "toy_vit", lambda: torch.empty(1 << 55))  # no fault of the file
+def test_too_little_memory_names_what_to_lower_and_other_errors_are_raised(pretrained, tmp_path, monkeypatch):
     judge = "--eval", pretrained.checkpoint, "--device", "cpu", "--out", tmp_path
-    assert "out of memory; lower" in call(pretrain, *judge, code=2).err
+    monkeypatch.setattr(model.TIJEPA, "forward", lambda *inputs: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        call(pretrain, *judge, "--cache", tmp_path)
+    for owner, name in ((model.TIJEPA, "forward"), (model, "toy_vit")):  # the latter is no fault of the file
+        monkeypatch.setattr(owner, name, lambda *inputs: torch.empty(1 << 55))
+        said = call(pretrain, *judge, "--cache", tmp_path, code=2).err
+        assert "out of memory; lower --batch_size or --held_out" in said
 
 
 # ---- finetune_mvsa.py, and the commands --------------------------------------------------------------------
