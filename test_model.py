@@ -613,9 +613,9 @@ def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, 
     assert list(data.FeatureCache(*given).unreadable) == list(range(6))
     said = "6 images (6 unreadable), 1200 texts; 6 have 64 tokens or more: f_T reads 64"
     assert said in capsys.readouterr().out
-    for error in (SyntaxError, ValueError, EOFError, RuntimeError, KeyError, TypeError, data.struct.error):
+    for error, raised in ((SyntaxError, UserError), (KeyError, UserError), (MemoryError, MemoryError)):
         monkeypatch.setattr(Image, "open", Mock(side_effect=error("of a decoder")))
-        with pytest.raises(UserError, match="a cannot be read as an image: .*of a decoder"):
+        with pytest.raises(raised, match="of a decoder"):
             data.read_image(cut, encoded.net.image_encoder)
 
 
@@ -714,7 +714,6 @@ def test_coco_is_fetched_over_a_bad_connection_and_not_fetched_again(tmp_path, m
         said = call(data, "coco", tmp_path, "--images", images, code=code).err
         return Counter(server.asked), said
 
-    assert f"{at} is no zip file with {CAPTIONS}" in fetch({at: b"not a zip"}, 30, 2)[1]
     assert fetch(files, 30, 0)[0] == dict.fromkeys([at, *list(photos)[:30]], 3)
     assert not fetch(files, 30, 0)[0]
     asked, said = fetch(files, 0, 2)
@@ -897,12 +896,9 @@ def test_find_mvsa_knows_both_sets_by_their_headers(toy, tmp_path):
     single, multi = write_labels(tmp_path / "b", [], 1), write_labels(tmp_path / "y/a", [], 3)
     assert data.find_mvsa(tmp_path) == {"single": single, "multi": multi}
     assert data.find_mvsa(single) == {"single": single}
-    copy = write_labels(tmp_path / "copy", [], 1)
+    write_labels(tmp_path / "copy", [], 1)
     with pytest.raises(UserError, match="two folders hold MVSA-single"):
         data.find_mvsa(tmp_path)
-    os.rmdir(copy / "data")
-    with pytest.raises(UserError, match=f"has no folder {copy / 'data'}"):
-        data.find_mvsa(copy)
     posts = [post for folder in data.find_mvsa(toy / "mvsa").values() for post in data.load_mvsa(folder)[0]]
     assert len({p.id for p in posts}) < len(posts) == len({(p.set, p.id) for p in posts}) == 61 + 121
 
@@ -967,7 +963,7 @@ def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
     entries = [(str(i), i % 3) for i in range(28)] + [("999", 0)]
     root = tmp_path / "single and multiple"  # its own name is no hint
     write_split(root / "MVSA-Single/10-flod-1", entries[:20], entries[20:24], entries[24:])
-    write_split(root / "MVSA-multiple/10-flod-1", [], [], [])
+    write_split(root / "MVSA-multiple/10-flod-1", entries[:20], [], entries[20:])
     for given, label in ((posts, 0), (odd[:2] + posts[2:], 1)):  # 1 of 28 is below 5 %
         parts, counts = data.clmlf_split(root, given)
         assert [part.tolist() for part in parts] == [list(range(20)), [20, 21, 22, 23], [24, 25, 26, 27]]
@@ -978,7 +974,7 @@ def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
         with pytest.raises(UserError, match="is not a split of MVSA-single"):
             data.clmlf_split(folder, given)
     shutil.copytree(root / "MVSA-Single", root / "single too")
-    with pytest.raises(UserError, match="looked for one train.json of MVSA-single .*found 2"):
+    with pytest.raises(UserError, match="looked for one train.json of MVSA-single,.* found 2"):
         data.clmlf_split(root, posts)
 
 
