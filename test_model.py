@@ -1855,9 +1855,9 @@ def test_too_little_memory_names_what_to_lower(pretrained, tmp_path, monkeypatch
 
 
 MVSA_CACHE = tempfile.mkdtemp()
-ROWS = sum(finetune_mvsa.ROWS.values(), ())
-PRETRAINED, UNTRAINED, ONLINE = "TI-JEPA, pretrained", "TI-JEPA, X~ untrained", "TI-JEPA, X in place of X~"
-CONCAT = "text + image concatenated"
+ROWS, PROBES = sum(finetune_mvsa.ROWS.values(), ()), finetune_mvsa.ROWS["probe"]
+PRETRAINED, CONCAT = "TI-JEPA, pretrained", "text + image concatenated"
+UNTRAINED, ONLINE = "TI-JEPA, X~ untrained", "TI-JEPA, X in place of X~"
 
 
 def judge_mvsa(root, *options, code=0):
@@ -1880,25 +1880,15 @@ def single(toy, pretrained):
                            features=finetune_mvsa.extract_features(net, cache, [0, 5]))
 
 
-def tune(single, epochs, split):
-    """-> (the fine-tuned classifier, its choice, the classifier that it starts as, the probe)"""
-    *parts, _ = split
-    probe, choice = finetune_mvsa.fit_probe(single.features[PRETRAINED], single.y, *parts)
-    given = single.net, single.net.target_encoder, probe
-    tuned = finetune_mvsa.finetune(*given, choice, single.cache, single.y, *parts, epochs, 0)
-    return *tuned, finetune_mvsa.Classifier(*given), probe
-
-
 def test_each_row_has_the_features_that_it_is_named_after(single):
-    net, posts, features = single.net, single.posts, single.features
+    net, X, target = single.net, single.net.context_encoder, single.net.target_encoder
     fresh = {seed: finetune_mvsa.untrained(net, seed) for seed in (0, 5)}
     torch.manual_seed(0)  # the start of a run of seed 0
     start = model.TIJEPA(net.config, (net.image_encoder, net.text_encoder)).context_encoder
-    X, target = net.context_encoder, net.target_encoder
     assert len(set(map(model.hash_weights, (*fresh.values(), start, X, target)))) == 5
     mean_colour = (255 * net.image_encoder.mean).round().byte().expand(1, 3, 48, 48)
     no_image, *no_text = net.frozen_features(mean_colour, [""])
-    for n, post in enumerate(posts[:len(single.y)]):  # the last one's picture is broken
+    for n, post in enumerate(single.posts[:-1]):  # the last one's picture is broken
         s_image, *text = net.frozen_features(data.read_image(post.image, net.image_encoder)[None], [post.text])
         tokens = {"text only": text[0], "image only": s_image, PRETRAINED: target(s_image, *text),
                   **{(UNTRAINED, seed): fresh[seed](s_image, *text) for seed in fresh},
@@ -1907,26 +1897,25 @@ def test_each_row_has_the_features_that_it_is_named_after(single):
         by_hand = {row: states[0].mean(0).detach().numpy() for row, states in tokens.items()}
         both = np.hstack([by_hand["text only"], by_hand["image only"]])
         by_hand |= {CONCAT: both, f"{PRETRAINED} + concatenated": np.hstack([by_hand[PRETRAINED], both])}
-        assert features.keys() == by_hand.keys()
+        assert single.features.keys() == by_hand.keys()
         for row, expected in by_hand.items():  # the rows' differ by 1 and more, float16's by 0.003
-            assert np.allclose(features[row][n], expected, atol=0.02), row
+            assert np.allclose(single.features[row][n], expected, atol=0.02), row
 
 
-def test_each_row_is_learnt_from_its_own_features_and_encoder_and_from_no_test_label(single, monkeypatch):
+def test_each_row_is_learnt_from_its_own_features_and_encoder_and_no_test_label(single, monkeypatch):
     net, cache, features, y = single.net, single.cache, single.features, single.y
-    train, validation, test = np.split(np.argsort(np.concatenate(  # most often 1, which in all is the rarest
-        [np.arange((y == k).sum()) / most for k, most in enumerate((8, 10, 9))])[np.argsort(np.argsort(
-            y, kind="stable"), kind="stable")]), (27, 35))
-    changed, fit, probes = y.copy(), finetune_mvsa.fit_probe, {}
+    by_label = [np.flatnonzero(y == label) for label in range(3)]  # of all posts 1 is the rarest, not of these:
+    train = np.concatenate([posts[:n] for posts, n in zip(by_label, (8, 10, 9))])
+    validation, test = np.split(np.setdiff1d(np.arange(len(y)), train), [8])
+    changed, probes, args = y.copy(), {}, finetune_mvsa.parse_args(["--finetune_epochs", "2"])
     changed[test] = (y[test] + 1) % 3
-    counted = Mock(wraps=fit)
-    monkeypatch.setattr(finetune_mvsa, "fit_probe", counted)
-    args = finetune_mvsa.parse_args(["--finetune_epochs", "2"])
+    fit, noted = finetune_mvsa.fit_probe, Mock(wraps=finetune_mvsa.fit_probe)
+    monkeypatch.setattr(finetune_mvsa, "fit_probe", noted)
     for seed in (0, 5):
-        rows = finetune_mvsa.predict_rows(net, cache, features, changed, (train, validation, test), seed,
-                                          probes, args)
+        split = train, validation, test
+        rows = finetune_mvsa.predict_rows(net, cache, features, changed, split, seed, probes, args)
+        assert tuple(rows["probabilities"]) == ROWS
         assert rows["probabilities"].pop("majority class") == len(test) * [[0, 1, 0]]
-        assert tuple(rows["probabilities"]) == ROWS[1:]
         encoders = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder,
                     UNTRAINED: finetune_mvsa.untrained(net, seed)}
         for row, probabilities in rows["probabilities"].items():
@@ -1935,35 +1924,26 @@ def test_each_row_is_learnt_from_its_own_features_and_encoder_and_from_no_test_l
             probe, choice = fit(x, y, train, validation)
             expected = finetune_mvsa.probabilities_of(probe, x[test])
             if row != start:
-                tuned, choice = finetune_mvsa.finetune(net, encoders[start], probe, choice, cache, y, train,
-                                                       validation, 2, seed)
+                given = net, encoders[start], probe, choice, cache, y, train, validation, 2, seed
+                tuned, choice = finetune_mvsa.finetune(*given)
                 expected = finetune_mvsa.predict(tuned, cache, test)
             assert probabilities == expected.tolist() and rows["choices"][row] == choice, row
-    assert counted.call_count == 10  # both seeds share the probes, but for the untrained encoder's
+    assert noted.call_count == 10  # both seeds share the probes, but for the untrained encoder's
 
 
-@pytest.fixture
-def labelled():
-    """Features [200, 20] of all scales, of which three decide the label, and labels [200]."""
-    rng = np.random.default_rng(42)
-    x = (rng.normal(size=(200, 20)) * rng.uniform(0.1, 5, 20) + rng.normal(size=20)).astype(np.float32)
+def test_fit_probe_takes_the_c_of_the_best_validation_accuracy():
+    rng, train, validation = np.random.default_rng(66), np.arange(100), np.arange(100, 200)
+    x = rng.normal(size=(200, 20)) * rng.uniform(0.1, 5, 20) + rng.normal(size=20)
     y = (StandardScaler().fit_transform(x[:, :3]) + rng.gumbel(size=(200, 3)) + [1, 0, -1]).argmax(1)
-    x[:, 18] *= 1e-8  # a tiny feature is as good as another
-    x[:, 19] = 0.3  # one that never changes
-    return x, y
-
-
-def test_fit_probe_takes_the_c_of_the_best_validation_accuracy(labelled):
-    (x, y), train, validation = labelled, np.arange(100), np.arange(100, 200)
     scaled = StandardScaler().fit(x[train]).transform(x)
     fits = [LogisticRegression(C=c, max_iter=1000).fit(scaled[train], y[train]) for c in (1e-3, 1e-2, 1e-1)]
     expected = np.array([fit.predict_proba(scaled[validation]) for fit in fits])  # [3, 100, 3]
     right = expected.argmax(2) == y[validation]
     loss = [-np.log(p[range(100), y[validation]]).mean() for p in expected]
-    assert right.sum(1).tolist() == [60, 70, 64] and np.argmin(loss) == 2  # by loss it would be another
+    assert right.sum(1).tolist() == [62, 68, 62] and np.argmin(loss) == 2  # by loss it would be another
     probe, choice = finetune_mvsa.fit_probe(x, y, train, validation)
-    assert choice == {"C": 1e-2, "validation": 0.7, "loss": pytest.approx(loss[1], rel=1e-4)}
-    assert np.allclose(finetune_mvsa.probabilities_of(probe, x[validation]), expected[1], atol=1e-5)
+    assert choice == {"C": 1e-2, "validation": 0.68, "loss": pytest.approx(loss[1])}
+    assert np.allclose(finetune_mvsa.probabilities_of(probe, x[validation]), expected[1])
     _, choice = finetune_mvsa.fit_probe(x, y, train, validation[right.all(0)])
     assert choice["C"] == 1e-3  # of equals the smallest
     with pytest.raises(UserError, match="all training posts are positive: a probe needs two labels"):
@@ -1971,14 +1951,23 @@ def test_fit_probe_takes_the_c_of_the_best_validation_accuracy(labelled):
 
 
 @pytest.mark.parametrize("missing", [None, 0, 1, 2])
-def test_head_of_gives_the_probabilities_of_the_probe_and_0_for_a_label_without_posts(labelled, missing):
-    x, y = labelled
+def test_head_of_gives_the_probabilities_of_the_probe_and_0_for_a_label_without_posts(single, missing):
+    x, y = single.features[CONCAT], single.y
     probe, _ = finetune_mvsa.fit_probe(x, y, np.flatnonzero(y != missing), np.arange(9))
     probabilities = finetune_mvsa.probabilities_of(probe, x)
     assert np.array_equal(probabilities[:, np.unique(y[y != missing])], probe.predict_proba(x))
-    assert probabilities.shape == (200, 3) and np.allclose(probabilities.sum(1), 1)
+    assert probabilities.shape == (60, 3) and np.allclose(probabilities.sum(1), 1)
     logits = finetune_mvsa.head_of(probe)(torch.from_numpy(x))
     assert np.allclose(logits.softmax(1), probabilities, atol=1e-5)
+
+
+def tune(single, epochs, split):
+    """-> (the fine-tuned classifier, its choice, the classifier that it starts as, the probe)"""
+    *parts, _ = split
+    probe, choice = finetune_mvsa.fit_probe(single.features[PRETRAINED], single.y, *parts)
+    given = single.net, single.net.target_encoder, probe
+    tuned = finetune_mvsa.finetune(*given, choice, single.cache, single.y, *parts, epochs, 0)
+    return *tuned, finetune_mvsa.Classifier(*given), probe
 
 
 @pytest.mark.parametrize("precision, missing", [("float32", -1), ("bfloat16", 0), ("float16", 2)])
@@ -1998,12 +1987,10 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all_weights(single, monkeypa
     assert [made.kwargs["enabled"] for made in scaler.call_args_list] == [False, precision == "float16"]
     start, tuned, half_start, half_tuned = predictions  # [T, 3] each
     expected = finetune_mvsa.probabilities_of(probe, single.features[PRETRAINED][train])
-    assert np.allclose(start, expected, atol=1e-4)
+    assert np.allclose(start, expected, atol=1e-4)  # and 0 for a missing label
     assert (tuned - start)[range(len(train)), single.y[train]].mean() > 0.09  # of the true labels
-    assert abs(tuned - start).mean() > 0.1  # what is learnt is much more than the precisions differ by
     assert abs(half_tuned - tuned).mean() < 0.01
     assert (precision == "float32") == np.array_equal(start, half_start)
-    assert missing < 0 or max(one[:, missing].max() for one in predictions) < 1e-9
     assert model.hash_weights(single.net.target_encoder) == before  # the checkpoint's own is not trained
 
 
@@ -2015,22 +2002,19 @@ def test_fine_tuning_takes_the_best_epoch_on_validation(single, monkeypatch, los
     left = 3 * losses[:1] + losses[1:]  # the probe's is of one of the three in the grid
     monkeypatch.setattr(finetune_mvsa, "BATCH", 99)  # an epoch is one step, which adds 1 to the head's bias
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda one: one.param_groups[0]["params"][-1].data.add_(1))
-    (train, validation, _), gather, steps = single.split, model.gather, []
+    (train, validation, _), gather = single.split, Mock(wraps=model.gather)
+    monkeypatch.setattr(model, "gather", gather)
 
     def validate(probabilities, y):
         assert len(probabilities) == len(y) and np.array_equal(y, single.y[validation])
         return {"validation": 0, "loss": left.pop(0)}
 
-    def note(s_image, drawn):
-        steps.append((s_image[:, 0, 0].tolist(), drawn.tolist()))
-        return gather(s_image, drawn)
-
     monkeypatch.setattr(finetune_mvsa, "validate", validate)
-    monkeypatch.setattr(model, "gather", note)
     tuned, choice, start, _ = tune(single, 4, single.split)
     assert (choice["lr"], choice["epoch"], choice["loss"]) == best and not left
     assert torch.allclose(tuned.head.bias, start.head.bias + best[1])
     posts = single.cache.rows("image.f16", single.cache.readable[train])[:, 0, 0].tolist()
+    steps = [(made.args[0][:, 0, 0].tolist(), made.args[1].tolist()) for made in gather.call_args_list]
     for order, drawn in steps:  # the posts to train on, each with 9 of its 36 patches
         assert sorted(order) == sorted(posts) and {len(set(patches)) for patches in drawn} == {9}
     if best[1] > 1:  # of one learning rate, two epochs at least: others, in another order
@@ -2047,73 +2031,60 @@ def test_bootstrap_resamples_posts_by_hand():
     # gains of +1 (100 posts), 0 (50), -1 (50), the same in both seeds: the deviation of their mean
     deviation = 100 * (((100 * 0.75 ** 2 + 50 * 0.25 ** 2 + 50 * 1.25 ** 2) / 200) / 200) ** 0.5
     assert [low - 25, high - 25] == pytest.approx([-1.96 * deviation, 1.96 * deviation], abs=1.5)
-    assert finetune_mvsa.bootstrap(new * 1.0 - new, posts) == [0, 0, 0]
 
 
 def recompute(folder, ending=""):
-    """-> the sets of results.json, the lines of predictions.csv. Each score comes out of them by sklearn."""
-    results, groups = json.loads((folder / f"results{ending}.json").read_text()), {}
+    """-> results.json, the lines of predictions.csv, results.md. All scores come out of the lines by sklearn,
+    and the table has them."""
+    results, table = (folder / f"results{ending}.{kind}" for kind in ("json", "md"))
+    results, table, groups = json.loads(results.read_text()), table.read_text(), {}
     lines = list(csv.DictReader(io.StringIO((folder / f"predictions{ending}.csv").read_text())))
     for line in lines:
         groups.setdefault((line["set"], line["row"], line["seed"]), []).append(line)
-        probabilities = [float(line[name]) for name in data.LABELS]
-        assert sum(probabilities) == pytest.approx(1, abs=1e-4)
-        assert probabilities[data.LABELS.index(line["prediction"])] == max(probabilities)
+        assert float(line[line["prediction"]]) == max(float(line[label]) for label in data.LABELS)
+    names, rows = ["accuracy", "weighted F1", "macro F1"], []
     for kind, result in results["sets"].items():
         for row, scores in result["scores"].items():
-            confusion, sizes = 0, []
+            confusion = 0
             for n, seed in enumerate(results["seeds"]):
-                mine = groups.pop((kind, row, str(seed)))
-                sizes.append(len({line["id"] for line in mine}))
-                y, p = ([line[key] for line in mine] for key in ("label", "prediction"))
-                report = classification_report(y, p, output_dict=True, zero_division=0)
-                assert [scores[name][n] for name in ("accuracy", "weighted F1", "macro F1")] == pytest.approx(
-                    [100 * report["accuracy"], *(100 * report[f"{average} avg"]["f1-score"]
-                                                 for average in ("weighted", "macro"))])
-                confusion += confusion_matrix(y, p, labels=data.LABELS)
-            assert scores["confusion"] == confusion.tolist() and confusion.sum() == sum(sizes) > 0
-        for pair, (difference, low, high) in result["differences"].items():
-            new, old = (result["scores"][row]["accuracy"] for row in pair.split(" minus "))
-            assert difference == pytest.approx(np.average(np.subtract(new, old), weights=sizes))
-            assert low <= difference <= high
-    assert not groups  # nothing else is in there
-    return results["sets"], lines
-
-
-def guess(net, cache, features, y, split, seed, probes, args):
-    """In place of predict_rows: random probabilities."""
-    rng, tests = np.random.default_rng(seed), len(split[2])
-    return {"probabilities": {row: rng.dirichlet([2, 1, 1], tests).tolist()
-                              for row in finetune_mvsa.ROWS["probe"]}, "choices": {}}
+                pairs = [(line["label"], line["prediction"]) for line in groups.pop((kind, row, str(seed)))]
+                report = classification_report(*zip(*pairs), output_dict=True, zero_division=0)
+                f1 = [report[f"{average} avg"]["f1-score"] for average in ("weighted", "macro")]
+                assert [scores[name][n] / 100 for name in names] == pytest.approx([report["accuracy"], *f1])
+                confusion += confusion_matrix(*zip(*pairs), labels=data.LABELS)
+            assert scores["confusion"] == confusion.tolist()
+            rows.append([row, *(f"{np.mean(scores[name]):.2f} ± {np.std(scores[name], ddof=1):.2f}"
+                                for name in names)])
+        rows += [[label, *map(str, counts)] for label, counts in zip(data.LABELS, scores["confusion"])]
+        for pair, (gain, low, high) in result["differences"].items():
+            new, old = (np.array(result["scores"][row]["confusion"]) for row in pair.split(" minus "))
+            assert gain == pytest.approx(100 * np.trace(new - old) / new.sum())
+            rows.append([pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}"])
+    assert not groups and all(f"| {' | '.join(cells)} |" in table for cells in rows)
+    return results, lines, table
 
 
 @pytest.mark.parametrize("protocol", ["standard", "grouped", "authors"])
 def test_finetune_end_to_end(toy, pretrained, tmp_path, monkeypatch, protocol):
-    """Splits, scores and tables of both sets; the standard protocol with all rows, the others with guesses."""
     mvsa, ending = shutil.copytree(toy / "mvsa", tmp_path / "mvsa"), f"_{protocol}" * (protocol != "standard")
+    mode = ["probe", "finetune"][:1 + (protocol == "standard")]
     posts, _ = data.load_mvsa(mvsa / "MVSA_Single")
     pairs = list(zip(posts[:40:2], posts[1:40:2]))
     for one, other in pairs:  # pictures that are there twice
         shutil.copy(one.image, other.image)
-    modes = ["probe"]
-    if protocol == "standard":
-        modes += ["finetune"]
-    else:
-        monkeypatch.setattr(finetune_mvsa, "predict_rows", guess)
     load = Mock(wraps=model.TIJEPA.from_checkpoint)
     monkeypatch.setattr(model.TIJEPA, "from_checkpoint", load)
-    options = ["--mvsa", mvsa, "--out", tmp_path, "--protocol", protocol, "--mode", *modes]
+    options = ["--mvsa", mvsa, "--out", tmp_path, "--protocol", protocol, "--mode", *mode]
     done = judge_mvsa(pretrained.out, *options, "--image_weights", "a", "--text_encoder", "toy")
     load.assert_called_once_with(str(pretrained.checkpoint), "a", "toy")
-    sets, lines = recompute(tmp_path, ending)
-    results = json.loads((tmp_path / f"results{ending}.json").read_text())
+    results, lines, table = recompute(tmp_path, ending)
     assert set(results["versions"]) == {"python", "torch", "timm", "transformers", "sklearn", "numpy"}
     assert len(results["code"].rstrip("+")) == 40 or results["code"] == "none"
-    table = (tmp_path / f"results{ending}.md").read_text()
     assert table in done.out and "not the paper's" in table and f"features: {MVSA_CACHE}/" in done.out
-    for (kind, result), count, part, reported in zip(
-            sets.items(), (60, 120), re.split("## MVSA-(?:Single|Multi)\n", table)[1:],
-            ("76.75 | 74.62", "77.55 | 75.02"), strict=True):
+    for header in ("features | accuracy | weighted F1 | macro F1", f"true \\ predicted | {' | '.join(data.LABELS)}",
+                   "not measured here | 76.75 | 74.62 | –", "not measured here | 77.55 | 75.02 | –"):
+        assert f"{header} |" in table
+    for (kind, result), count in zip(results["sets"].items(), (60, 120), strict=True):
         posts, skipped = data.load_mvsa(data.find_mvsa(mvsa)[kind])
         labels = {post.id: data.LABELS[post.label] for post in posts}
         assert all(line["label"] == labels[line["id"]] for line in lines if line["set"] == kind)
@@ -2121,21 +2092,12 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, monkeypatch, protocol):
         assert result["skipped"] == {**skipped, "unreadable image": 1}
         sizes = result["split_sizes"]  # the authors repeat posts of the pool until the classes are equal
         assert sizes[0] > 144 and sizes[1:] == [18, 18] if protocol == "authors" else sum(sizes) == count
-        assert list(result["scores"]) == [row for mode in modes for row in finetune_mvsa.ROWS[mode]]
-        assert len(result["differences"]) == 1 + 2 * len(modes) and len(set(result["split_hash"].values())) == 2
-        shown = [["features", "accuracy", "weighted F1", "macro F1"], ["true \\ predicted", *data.LABELS]]
-        for row, scores in result["scores"].items():
-            figures = [scores[name] for name in shown[0][1:]]
-            shown.append([row, *(f"{np.mean(ones):.2f} ± {np.std(ones, ddof=1):.2f}" for ones in figures)])
-        shown += [[label, *map(str, counts)]  # of the last row
-                  for label, counts in zip(data.LABELS, scores["confusion"])]
-        shown += [[pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}"]
-                  for pair, (gain, low, high) in result["differences"].items()]
-        assert all(part.count(f"| {' | '.join(cells)} |\n") == 1 for cells in shown)
-        assert f"not measured here | {reported} | – |" in part
-    assert (sets["single"]["split_hash"] == sets["multi"]["split_hash"]) == (protocol == "authors")
+        assert tuple(result["scores"]) == (ROWS if protocol == "standard" else PROBES)
+        assert len(result["differences"]) == 1 + 2 * len(mode)
+    splits = {split for result in results["sets"].values() for split in result["split_hash"].values()}
+    assert len(splits) == (2 if protocol == "authors" else 4)  # of each seed; the authors pool both sets
     if protocol == "grouped":
-        assert "groups of repeated posts" in done.out and sets["single"]["split_notes"]["posts in them"] == 40
+        assert "groups of repeated posts" in table and "40 posts in them" in table
         tested = {(line["seed"], line["id"]) for line in lines if line["set"] == "single"}
         assert all(((s, a.id) in tested) == ((s, b.id) in tested) for a, b in pairs for s in "01")
     assert Image.open(tmp_path / f"confusion{ending}.png").size == (800, 360)
@@ -2160,32 +2122,27 @@ def judged_once(toy, pretrained, tmp_path_factory):
 
 
 def test_a_published_split_is_used_and_scored_with_and_without_repeats(judged_once):
-    sets, lines = recompute(judged_once / "out")
-    result, tested = sets["single"], [post.id for post in data.load_mvsa(judged_once / "mvsa")[0][50:-1]]
-    assert list(sets) == ["single"] and result["split_sizes"] == [40, 10, 10]
-    assert tuple(result["scores"]) == finetune_mvsa.ROWS["probe"] and {line["id"] for line in lines} == {*tested}
-    assert result["split_notes"]["test posts with the words of a training post"] == 3
-    assert result["split_notes"]["test posts with the image of a training post"] == 1
-    right = [100 * np.mean([line["label"] == line["prediction"] for line in lines if line["id"] in tested[3:]
-                            and (line["row"], line["seed"]) == (PRETRAINED, seed)]) for seed in "01"]
-    assert result["scores"][PRETRAINED]["accuracy without repeats"] == pytest.approx(right)
-    table = (judged_once / "out" / "results.md").read_text()
+    results, lines, table = recompute(judged_once / "out")
+    result, tested = results["sets"]["single"], lines[-10:]
+    assert result["split_sizes"] == [40, 10, 10] and tuple(result["scores"]) == PROBES
+    posts = data.load_mvsa(judged_once / "mvsa")[0][50:-1]
+    assert [line["id"] for line in tested] == [post.id for post in posts]
+    assert "3 test posts with the words of a training post" in table
+    assert "1 test posts with the image of a training post" in table
+    right = 100 * np.mean([line["label"] == line["prediction"] for line in tested[3:]])
+    assert result["scores"][tested[0]["row"]]["accuracy without repeats"][1] == pytest.approx(right)
     assert "| accuracy without repeats |" in table and "Not measured: no MVSA-Multi in" in table
-
-
-def relabel(root):
-    path = root / "mvsa" / "labelResultAll.txt"
-    path.write_text(re.sub("(?m)^77\t.*", "77\tpositive,positive", path.read_text()))
 
 
 SEED = "out/predictions/standard-single-{}.json".format
 BETWEEN = {  # what changes between two runs: (how, options of the second, seeds that they compute again)
-    "--finetune_epochs": (None, "--finetune_epochs 2", [0, 1]), "--mode": (None, "--mode finetune", [0, 1]),
-    "--dtype": (None, "--dtype bfloat16", [0, 1]), "the split": (None, "--split=", [0, 1]),
-    "a tested label": (relabel, "", [0, 1]),
-    "the checkpoint": (lambda root: spoil(
+    "epochs": (str, "--finetune_epochs 2", [0, 1]), "mode": (str, "--mode finetune", [0, 1]),
+    "dtype": (str, "--dtype bfloat16", [0, 1]), "split": (str, "--split=", [0, 1]),
+    "a tested label": (lambda root: execute("sed", "-i", r"s/^77\t.*/77\tpositive,positive/",
+                                            root / "mvsa" / "labelResultAll.txt"), "", [0, 1]),
+    "checkpoint": (lambda root: spoil(
         root, lambda c: c["model"]["target_encoder"]["blocks.0.mlp.2.weight"].mul_(-2)), "", [0, 1]),
-    "a file is another's": (lambda root: shutil.copy(root / SEED(1), root / SEED(0)), "", [0]),
+    "another seed's file": (lambda root: shutil.copy(root / SEED(1), root / SEED(0)), "", [0]),
     "a file is cut off": (lambda root: os.truncate(root / SEED(1), 999), "", [1]),
     "Ctrl-C in the last of three": (lambda root: judge_mvsa(
         root, "--split", root / "single", "--seeds", 0, 1, 2, code=130), "--seeds 2 0 1", [2, 2]),
@@ -2193,8 +2150,7 @@ BETWEEN = {  # what changes between two runs: (how, options of the second, seeds
 
 
 @pytest.mark.parametrize("what", BETWEEN)
-def test_predictions_are_reused_only_if_nothing_that_they_depend_on_changed(
-        judged_once, tmp_path, monkeypatch, what):
+def test_predictions_are_reused_only_if_what_they_depend_on_is_the_same(judged_once, tmp_path, monkeypatch, what):
     change, options, again = BETWEEN[what]
     judged, real, asked = shutil.copytree(judged_once, tmp_path / "judged"), finetune_mvsa.predict_rows, []
 
@@ -2205,13 +2161,12 @@ def test_predictions_are_reused_only_if_nothing_that_they_depend_on_changed(
         return real(*given)
 
     monkeypatch.setattr(finetune_mvsa, "predict_rows", predict)
-    if change:
-        change(judged)
+    change(judged)
     judge_mvsa(judged, "--split", judged / "single", *options.split())
     assert asked == again
     if again != [0, 1]:
         judge_mvsa(judged, "--split", judged / "single", "--out", judged / "fresh", *options.split())
-        assert recompute(judged / "out") == recompute(judged / "fresh")
+        assert recompute(judged / "out")[1] == recompute(judged / "fresh")[1]
 
 
 def test_ablation_table_is_made_from_the_files_of_the_runs(tmp_path):
@@ -2222,18 +2177,17 @@ def test_ablation_table_is_made_from_the_files_of_the_runs(tmp_path):
         judged = dict(energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7, step=6)
         (out / "eval.json").write_text(json.dumps(judged))
         single, multi = ({"accuracy": [n + 10 * seed, n + 10 * seed + 2]} for n in (60, 70))
-        sets = {"single": {"scores": dict.fromkeys(finetune_mvsa.ROWS["probe"], single)},
-                "multi": {"scores": dict.fromkeys(ROWS, multi)}}
+        sets = {"single": {"scores": dict.fromkeys(PROBES, single)}, "multi": {"scores": dict.fromkeys(ROWS, multi)}}
         (out / "results.json").write_text(json.dumps({"sets": sets, "step": 6}))
     done = call(finetune_mvsa, "--ablate", tmp_path)
     assert (tmp_path / "results.md").read_text() in done.out
-    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
-                        for line in done.out.splitlines() if line]
-    assert header[8:] == ["X, MVSA-Multi", "X, MVSA-Single", "X~ fine-tuned, MVSA-Multi", "X~, MVSA-Multi",
-                          "X~, MVSA-Single"]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in done.out.splitlines() if line]
+    assert header[8:] == [f"{column}, MVSA-{kind}" for column, kind in (
+        ("X", "Multi"), ("X", "Single"), ("X~ fine-tuned", "Multi"), ("X~", "Multi"), ("X~", "Single"))]
     table = {name: cells for name, *cells in rows}
-    figures = "0.250 ± 0.000", "0.100 ± 0.000", "0.400 ± 0.000", "0.600 ± 0.141", "0.500 ± 0.000", "7.000 ± 0.000"
-    assert table["plain"] == ["2", *figures, *(f"{mean}.0 ± 7.1" for mean in (76, 66, 76, 76, 66))]
+    assert table["plain"] == [
+        "2", "0.250 ± 0.000", "0.100 ± 0.000", "0.400 ± 0.000", "0.600 ± 0.141", "0.500 ± 0.000",
+        "7.000 ± 0.000", *(f"{mean}.0 ± 7.1" for mean in (76, 66, 76, 76, 66))]
     assert table["image"][:3] == ["1", "0.250", "0.100"]  # one run has no deviation
     for name in ("*untrained*", f"*{CONCAT}*"):  # the same in all runs
         assert table[name] == ["3", *9 * [""], "74.3 ± 5.8", "64.3 ± 5.8"]
@@ -2280,101 +2234,74 @@ def make(words):
     return execute("make", *words.split(), cwd=HERE, env=env)
 
 
-def parsed(script, words, by=""):
-    """What a script is asked to do: {option: value}, with python's options."""
-    return {**vars(sys.modules[script].parse_args(shlex.split(words))), "by": by.replace(" ", "")}
+def runs(text):
+    """The runs of both scripts in a shell's lines -> [(python's options, script, {option: value})]"""
+    commands = re.findall(r'python3"? (.*?)\b(pretrain|finetune_mvsa)\.py ([^>&|\n]*)', text)
+    return [(by.split(), script, vars(sys.modules[script].parse_args(shlex.split(options))))
+            for by, script, options in commands]
 
 
-def planned(words):
-    """The runs of both scripts that make would start -> [(what it is, its options)]."""
-    runs = []
-    for command in re.split(r" && | \|\| |\n", make(f"-n VENV= {words}").stdout):
-        run = re.match(r'"python3" (.*?) ?\b(pretrain|finetune_mvsa)\.py ([^>]*)', command)
-        if run:
-            options = parsed(run[2], run[3], run[1])
-            stage = next((name for name in ("bench", "eval") if options.get(name)), "train")
-            runs.append((options.get("protocol", stage), options))
-    return runs
-
-
-EACH = "train.{0} eval.{0} standard.{0}".format
-PASSED_ON = {  # a variable of make reproduce: all that it changes; to its value, where no other is said
-    "DEVICE=cpu": EACH("device"), "DTYPE=bfloat16": EACH("dtype"), "CACHE=/x": EACH("cache"),
-    "IMAGE_WEIGHTS=/x": EACH("image_weights"), "TEXT_ENCODER=/x": EACH("text_encoder"),
-    "IMAGE_ENCODER=vit": "train.image_encoder", "EPOCHS=7": "train.epochs", "TARGET=image": "train.target",
-    "SEED=3": "train.seed", "ARGS=--lr=0.5": "train.lr=0.5",
-    "GPUS=2": "train.by=-mtorch.distributed.run--nproc_per_node=2",
-    "SPLIT=/x": "standard.split", "COCO=/x": "train.coco eval.coco", "MVSA=/x": "standard.mvsa",
-    "OUT=/x": EACH("out") + " eval.eval=/x/checkpoint.pt standard.checkpoint=/x/checkpoint.pt"}
-
-
-def test_make_passes_each_variable_on_to_the_commands_that_it_is_for():
-    def plan(words):
-        return {f"{stage}.{name}": str(value) for stage, options in planned(f"reproduce {words}")
-                for name, value in options.items()}
-
-    tiny = "PRESET=tiny COCO=/c MVSA=/m"
-    assert planned(f"reproduce {tiny}") == [
-        ("train", parsed("pretrain", "--preset tiny --coco /c --resume --out out/tiny")),
-        ("eval", parsed("pretrain", "--eval out/tiny/checkpoint.pt --coco /c")),
-        ("standard", parsed("finetune_mvsa", "--checkpoint out/tiny/checkpoint.pt --mvsa /m --out out/tiny"))]
-    before = plan(tiny)
-    for variable, expected in PASSED_ON.items():
-        changed = {key: value for key, value in plan(f"{tiny} {variable}").items() if value != before[key]}
-        pairs = (pair.partition("=") for pair in expected.split())
-        assert changed == {key: value or variable.partition("=")[2] for key, _, value in pairs}, variable
-    toy = planned("reproduce PRESET=toy SPLIT=/x")
-    assert [(stage, options.get("mode"), options.get("split")) for stage, options in toy] == [
-        ("train", None, None), ("eval", None, None), ("standard", ["probe", "finetune"], "/x"),
-        ("grouped", ["probe"], ""), ("authors", ["probe"], "")]
-    assert {options["cache"] for _, options in toy} == {"data/toy/cache"}
-    assert planned(f"reproduce {tiny} PROTOCOLS=grouped")[2][0] == "grouped"
-    assert planned("bench PRESET=tiny DEVICE=cpu DTYPE=float32 IMAGES=70") == [("bench", parsed(
-        "pretrain", "--bench --preset tiny --device cpu --dtype float32 --max_images 70"))]
-
-
-def test_make_ablate_runs_each_variant_with_three_seeds():
-    variants = {"plain": "", "image": "--target image", "sigreg": "--sigreg 0.005",
-                "no_ema": "--momentum 0 --final_momentum 0", "shuffled": "--shuffle_captions",
-                "image_shuffled": "--target image --shuffle_captions"}
-    expected = []
-    for (variant, options), seed in itertools.product(variants.items(), range(3)):
-        out = f"out/ablate/{variant}-{seed}"
-        both, checkpoint = "--cache data/toy/cache --device cpu", f"{out}/checkpoint.pt"
-        expected += [
-            parsed("pretrain", f"{both} --coco data/toy/coco {options} --seed {seed} --resume --out {out}"),
-            parsed("pretrain", f"{both} --coco data/toy/coco --eval {checkpoint}"),
-            parsed("finetune_mvsa", f"{both} --mvsa data/toy/mvsa --checkpoint {checkpoint} --out {out} "
-                                    "--seeds 0 1 2 --mode probe")]
+TINY = "PRESET=tiny COCO=/c MVSA=/m"
+ALL = "--device cpu --dtype bfloat16 --cache /f --image_weights /w --text_encoder /t"
+TOY = "--cache data/toy/cache --device cpu"
+VARIANTS = {"plain": "", "image": "--target image", "sigreg": "--sigreg 0.005",
+            "no_ema": "--momentum 0 --final_momentum 0", "shuffled": "--shuffle_captions",
+            "image_shuffled": "--target image --shuffle_captions"}
+MAKE = {  # what is asked of make: the commands that it would run
+    f"reproduce {TINY}": f"""
+        python3 pretrain.py --preset tiny --coco /c --resume --out out/tiny
+        python3 pretrain.py --eval out/tiny/checkpoint.pt --coco /c
+        python3 finetune_mvsa.py --checkpoint out/tiny/checkpoint.pt --mvsa /m --out out/tiny""",
+    f"reproduce {TINY} OUT=/o DEVICE=cpu DTYPE=bfloat16 CACHE=/f IMAGE_WEIGHTS=/w TEXT_ENCODER=/t EPOCHS=7 "
+    "IMAGE_ENCODER=vit TARGET=image SEED=3 ARGS=--lr=0.5 GPUS=2 SPLIT=/s PROTOCOLS=standard": f"""
+        python3 -m torch.distributed.run --nproc_per_node=2 pretrain.py {ALL} --preset tiny --coco /c --out /o \
+            --resume --image_encoder vit --epochs 7 --target image --seed 3 --lr 0.5
+        python3 pretrain.py {ALL} --eval /o/checkpoint.pt --coco /c
+        python3 finetune_mvsa.py {ALL} --checkpoint /o/checkpoint.pt --mvsa /m --out /o --split /s""",
+    "reproduce PRESET=toy DEVICE=cpu OUT=/o SPLIT=/s": "".join(f"""
+        python3 {options} {TOY}""" for options in (
+            "pretrain.py --coco data/toy/coco --out /o --resume",
+            "pretrain.py --coco data/toy/coco --eval /o/checkpoint.pt",
+            *("finetune_mvsa.py --checkpoint /o/checkpoint.pt --mvsa data/toy/mvsa --out /o " + protocol for protocol
+              in ("--split /s", "--protocol grouped --mode probe", "--protocol authors --mode probe")))),
+    f"bench {TINY} DEVICE=cpu DTYPE=float32 IMAGES=70":
+        "python3 pretrain.py --bench --preset tiny --device cpu --dtype float32 --max_images 70",
     # -B: as if no run were there. What is not the same for all is not taken over
-    runs = planned("-B ablate DEVICE=cpu TARGET=image SEED=9 EPOCHS=7 ARGS=--lr=1")
-    assert [options for _, options in runs] == [*expected, parsed("finetune_mvsa", "--ablate out/ablate")]
+    "-B ablate DEVICE=cpu TARGET=image SEED=9 EPOCHS=7 ARGS=--lr=1": "".join(f"""
+        python3 pretrain.py {TOY} --coco data/toy/coco --out {out} --resume {options} --seed {seed}
+        python3 pretrain.py {TOY} --coco data/toy/coco --eval {out}/checkpoint.pt
+        python3 finetune_mvsa.py {TOY} --checkpoint {out}/checkpoint.pt --mvsa data/toy/mvsa --out {out} \
+            --seeds 0 1 2 --mode probe
+        """ for variant, options in VARIANTS.items() for seed in range(3)
+        for out in [f"out/ablate/{variant}-{seed}"]) + "python3 finetune_mvsa.py --ablate out/ablate"}
 
 
-def test_make_says_what_it_would_run_and_does_not_do_again_what_is_done(tmp_path):
+@pytest.mark.parametrize("words", MAKE)
+def test_make_passes_each_variable_on_to_the_commands_that_it_is_for(words):
+    assert runs(make(f"-n VENV= {words}").stdout) == runs(MAKE[words])
+
+
+def test_make_says_what_it_would_run_and_stops_at_the_first_failure(tmp_path):
     listed = {line.split()[1] for line in make("").stdout.splitlines()}
     assert listed == set("help reproduce pretrain picture ablate bench test coco clean".split())
-    first = make("check-preset DEVICE=cpu COCO=/nowhere MVSA=/nowhere").stdout
-    assert first.startswith("reproduce: preset toy, data data/toy/coco") and "NOT the paper's" in first
-    small = make("check-preset PRESET=small COCO=/a MVSA=/b").stdout
-    assert "preset small, data /a and /b" in small and "NOT" not in small
-    assert make("check-preset PRESET=huge").returncode == 2
-    for images, limit in (("", "10000"), ("IMAGES=7", "7"), ("IMAGES=all", "0")):
-        assert f"--images {limit}\n" in make(f"-n coco VENV= {images or 'DEVICE=cpu'}").stdout
-    places = f"COCO={tmp_path} MVSA={tmp_path} OUT={tmp_path} PY={tmp_path}/python"
-    assert "preset small" in make(f"check-preset {places}").stdout  # both there: the paper's run
+    for options, says in (("COCO=/nowhere", "preset toy, data data/toy/coco and data/toy/mvsa, device cpu. Toy data"),
+                          ("PRESET=small COCO=/a MVSA=/b", "preset small, data /a and /b, device cpu\n"),
+                          (f"COCO={tmp_path} MVSA={tmp_path}", "preset small"), ("PRESET=huge", "")):
+        done = make(f"check-preset DEVICE=cpu {options}")
+        assert says in done.stdout and done.returncode == (0 if says else 2)
+    for images, limit in (("DEVICE=cpu", "10000"), ("IMAGES=7", "7"), ("IMAGES=all", "0")):
+        assert f"--images {limit}\n" in make(f"-n coco VENV= {images}").stdout
     (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\ncase "$*" in *$FAIL*) exit 1;; esac\n')
     (tmp_path / "python").chmod(0o755)  # it only says what it is asked for, and fails at FAIL
-    for preset, fail, touched, expected in (
-            ("toy", "grouped", "checkpoint.pt", "--resume --eval standard grouped"),
-            ("toy", "nothing", "eval.json", "--resume standard grouped authors")):
+    for touched, fail, expected in (("checkpoint.pt", "grouped", "--resume --eval standard grouped"),
+                                    ("eval.json", "none", "--resume standard grouped authors")):
         (tmp_path / touched).touch()
-        done = make(f"reproduce VENV= PRESET={preset} FAIL={fail} {places}")
+        done = make(f"reproduce VENV= PRESET=toy FAIL={fail} OUT={tmp_path} PY={tmp_path}/python")
         assert re.findall("--resume|--eval|standard|grouped|authors", done.stdout) == expected.split()
         assert done.returncode == (2 if fail == "grouped" else 0)
 
 
-BAD = {  # a command and, after <, what its data file holds: words of the message
+BAD = {  # a command: words of the message
     **{f"{{train}} {option}": f"argument {option.split()[0]}" for option in (
         "--lr 0", "--lr inf", "--lr nan", "--momentum 2", "--clip 0", "--epochs many", "--batch_size 0",
         "--batch_size 1.5", "--accumulate 0", "--held_out -1", "--seed -1", "--workers 0", "--log_every 0",
@@ -2393,38 +2320,35 @@ BAD = {  # a command and, after <, what its data file holds: words of the messag
     "{train} --cache a.txt/cache": "a.txt cannot be written --cache",
     "{train} --captions red --eval checkpoint.pt": "--image --captions",
     "{train} --captions red --eval checkpoint.pt --image a.txt": "a.txt cannot be read as an image",
-    "pretrain.py --coco {x} < {": "{x}/annotations/captions_train2017.json not a COCO caption file",
-    'pretrain.py --coco {x} < {"images": [], "annotations": []}': "{x}/train2017 no image has a caption",
-    "finetune_mvsa.py --mvsa {x} < \udcff": "{x}/labelResultAll.txt first line",
-    "{judge} --mvsa {x} < GOOD": "no image of MVSA-Single {x} can be read",
-    "{judge} --mvsa {x} < ID\ttext,image\n2\tneutral,neutral": "{x} 1 text or image file missing",
-    "{judge} --mvsa {x} < GOOD2\tgood,neutral": "line 3 positive neutral",
+    "pretrain.py --coco .": "annotations/captions_train2017.json not a COCO caption file",
+    "finetune_mvsa.py --mvsa wrong": "wrong/labelResultAll.txt first line",
+    "{judge} --mvsa posts": "no image of MVSA-Single in posts/data can be read",
     "{judge} --device gpu": "--device gpu --device auto",
-    "{judge} --text_encoder {x}/none": "{x}/none",
-    "{judge} --split {x}": "--split {x} train.json",
+    "{judge} --text_encoder none": "--text_encoder none",
+    "{judge} --split .": "--split . train.json",
     "{judge} --protocol grouped --split x": "--split standard protocol",
-    "{judge} --protocol authors --mvsa {toy}/mvsa/MVSA_Single": "pools both sets",
+    "{judge} --protocol authors --mvsa posts": "pools both sets",
     "finetune_mvsa.py --seeds 0 0": "--seeds 0 0 twice",
-    "finetune_mvsa.py --ablate {x}": "--ablate {x} make ablate",
-    "data.py check --coco {x}/none --mvsa {x}/none": "{x}/none/train2017 make coco mcrlab kaggle"}
+    "finetune_mvsa.py --ablate .": "--ablate . make ablate",
+    "data.py check --coco none --mvsa none": "none/train2017 make coco mcrlab kaggle"}
+FILES = {"a.txt": "", CAPTIONS: "{", "train2017/1.jpg": "", "posts/data/1.jpg": "", "posts/data/1.txt": "",
+         "posts/labelResultAll.txt": "ID\ttext,image\n1\tpositive,positive\n", "wrong/labelResultAll.txt": "ID\ttext\n",
+         "wrong/data/1.jpg": ""}
 
 
 @pytest.mark.parametrize("command", BAD)
 def test_bad_input_gets_a_sentence_and_exit_code_2(command, toy, pretrained, tmp_path, monkeypatch):
-    command_line, _, content = command.partition(" < ")
-    content = content.replace("GOOD", "ID\ttext,image\n1\tpositive,positive\n")
-    for name in ("a.txt", "train2017/1.jpg", CAPTIONS, "labelResultAll.txt", "data/1.jpg", "data/1.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content, errors="surrogateescape")
-    (tmp_path / "checkpoint.pt").symlink_to(pretrained.checkpoint)
     monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(content)
+    Path("checkpoint.pt").symlink_to(pretrained.checkpoint)
     train = " ".join(map(str, ("pretrain.py", *pretrained.options, "--out out")))
     judge = f"finetune_mvsa.py --checkpoint checkpoint.pt --mvsa {toy}/mvsa --out out --cache cache"
-    script, *options = command_line.format(x=tmp_path, toy=toy, train=train, judge=judge).split()
-    said = call(sys.modules[script.removesuffix(".py")], *options, code=2).err
-    said = " ".join(said.split()).lower()
+    script, *options = command.format(train=train, judge=judge).split()
+    said = " ".join(call(sys.modules[script.removesuffix(".py")], *options, code=2).err.split())
     assert "error:" in said and not Path("out", "checkpoint.pt").exists()
-    assert all(word in said for word in BAD[command].format(x=tmp_path).lower().split()), said
+    assert all(word in said for word in BAD[command].split()), said
 
 
 def test_a_script_says_what_is_missing_in_a_process_of_its_own(tmp_path):
