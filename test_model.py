@@ -1941,9 +1941,9 @@ def test_fit_probe_takes_the_c_of_the_best_validation_accuracy():
     expected = np.array([fit.predict_proba(scaled[validation]) for fit in fits])  # [3, 100, 3]
     right = expected.argmax(2) == y[validation]
     loss = [-np.log(p[range(100), y[validation]]).mean() for p in expected]
-    assert right.sum(1).tolist() == [62, 68, 62] and np.argmin(loss) == 2  # by loss it would be another
+    assert right.sum(1).argmax() == 1 and np.argmin(loss) == 2  # 6 posts more; by loss it were the third
     probe, choice = finetune_mvsa.fit_probe(x, y, train, validation)
-    assert choice == {"C": 1e-2, "validation": 0.68, "loss": pytest.approx(loss[1])}
+    assert choice == {"C": 1e-2, "validation": right[1].mean(), "loss": pytest.approx(loss[1])}
     assert np.allclose(finetune_mvsa.probabilities_of(probe, x[validation]), expected[1])
     _, choice = finetune_mvsa.fit_probe(x, y, train, validation[right.all(0)])
     assert choice["C"] == 1e-3  # of equals the smallest
