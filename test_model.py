@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shlex
 import signal
 import shutil
@@ -1439,8 +1440,9 @@ def test_too_little_memory_names_what_to_lower_and_other_errors_are_raised(pretr
 
 
 MVSA_CACHE = tempfile.mkdtemp()
+ROWS, PROBES = sum(finetune_mvsa.ROWS.values(), ()), finetune_mvsa.ROWS["probe"]
 PRETRAINED, CONCAT = "TI-JEPA, pretrained", "text + image concatenated"
-ROWS = sum(finetune_mvsa.ROWS.values(), ())
+UNTRAINED, ONLINE = "TI-JEPA, X~ untrained", "TI-JEPA, X in place of X~"
 
 
 def judge_mvsa(root, *options, code=0):
@@ -1455,375 +1457,282 @@ def single(toy, pretrained):
     net, _ = model.TIJEPA.from_checkpoint(pretrained.checkpoint)
     for p in net.target_encoder.parameters():  # X~ must not be X, or a mix-up of the two would pass
         p.add_(0.05 * torch.randn(p.shape, generator=generator_of(3)))
-    posts, _ = data.load_mvsa(toy / "mvsa" / "MVSA_Single")
+    posts = [replace(post, text=" ".join(post.text.split()[:8 - n % 7]))  # of other lengths: some is padded
+             for n, post in enumerate(data.load_mvsa(toy / "mvsa" / "MVSA_Single")[0])]
     cache = data.FeatureCache(MVSA_CACHE, [(post.image, [post.text]) for post in posts], net, 1)
-    features = finetune_mvsa.extract_features(net, cache, [0])
     y = np.array([posts[i].label for i in cache.readable])
-    return SimpleNamespace(net=net, posts=posts, cache=cache, features=features, y=y,
-                           split=data.stratified_split(y, 0))
+    features, split = finetune_mvsa.extract_features(net, cache, [0, 5]), data.stratified_split(y, 0)
+    probe, _ = finetune_mvsa.fit_probe(features[PRETRAINED], y, *split[:2])
+    return SimpleNamespace(net=net, posts=posts, cache=cache, y=y, split=split, features=features,
+                           start=(net, net.target_encoder, probe))
 
 
-def tune(single, epochs, split):
-    """-> (the fine-tuned classifier, its choice, the classifier that it starts as, the probe)"""
-    *parts, _ = split
-    probe, choice = finetune_mvsa.fit_probe(single.features[PRETRAINED], single.y, *parts)
-    given = single.net, single.net.target_encoder, probe
-    tuned = finetune_mvsa.finetune(*given, choice, single.cache, single.y, *parts, epochs, 0)
-    return *tuned, finetune_mvsa.Classifier(*given), probe
+def test_each_row_has_the_features_that_it_is_named_after(single):
+    net, X, target = single.net, single.net.context_encoder, single.net.target_encoder
+    fresh = {seed: finetune_mvsa.untrained(net, seed) for seed in (0, 5)}
+    torch.manual_seed(0)  # the start of a run of seed 0
+    start = model.TIJEPA(net.config, (net.image_encoder, net.text_encoder)).context_encoder
+    assert len(set(map(model.hash_weights, (*fresh.values(), start, X, target)))) == 5
+    mean_colour = (255 * net.image_encoder.mean).round().byte().expand(1, 3, 48, 48)
+    no_image, *no_text = net.frozen_features(mean_colour, [""])
+    for n, post in enumerate(single.posts[:-1]):  # the last one's picture is broken
+        image = data.read_image(post.image, net.image_encoder)
+        s_image, *text = net.frozen_features(image[None], [post.text])
+        tokens = {"text only": text[0], "image only": s_image, PRETRAINED: target(s_image, *text),
+                  **{(UNTRAINED, seed): fresh[seed](s_image, *text) for seed in fresh},
+                  ONLINE: X(s_image, *text), "TI-JEPA, pretrained, text alone": target(no_image, *text),
+                  "TI-JEPA, pretrained, image alone": target(s_image, *no_text)}
+        by_hand = {row: states[0].mean(0).detach().numpy() for row, states in tokens.items()}
+        both = np.hstack([by_hand["text only"], by_hand["image only"]])
+        by_hand |= {CONCAT: both, f"{PRETRAINED} + concatenated": np.hstack([by_hand[PRETRAINED], both])}
+        assert single.features.keys() == by_hand.keys()
+        for row, expected in by_hand.items():  # the rows' differ by 1 and more, float16's by 0.003
+            assert np.allclose(single.features[row][n], expected, atol=0.02), row
 
 
-def test_nothing_that_is_chosen_or_trained_sees_a_test_label(single):
-    train, validation, test = single.split
-    args = finetune_mvsa.parse_args(["--finetune_epochs", "1"])
-
-    def learn(changed):
-        y = single.y.copy()
-        y[changed] = (y[changed] + 1) % 3
-        given = single.net, single.cache, single.features, y, single.split, 0, {}, Counter(), args
-        return tuple(finetune_mvsa.predict_rows(*given).values())
-
-    found, choices = learn(test[:0])
-    assert tuple(found) == ROWS and learn(test) == (found, choices)
-    others, _ = learn(train)  # but the labels that it is to learn from do matter
-    assert all(others[row] != found[row] for row in ROWS)
-    assert learn(validation)[1] != choices
-    with pytest.raises(UserError, match="all training posts are positive: a head needs two labels"):
-        finetune_mvsa.fit_probe(single.features[PRETRAINED], single.y * 0, train, validation)
-
-
-@pytest.mark.parametrize("missing", [-1, 1])
-def test_the_probe_is_scikit_learns_logistic_regression(monkeypatch, missing):
-    rng, fits, grid = np.random.default_rng(15), [], finetune_mvsa.REGULARISATION
-    x = (rng.normal(size=(300, 20)) * rng.uniform(0.1, 5, 20) + rng.normal(size=20)).astype(np.float32)
-    standard = StandardScaler().fit_transform(x[:, :3])
-    y = (standard + rng.gumbel(size=(300, 3)) + [1, 0, -1]).argmax(1)  # of 200, none of the three is missing
-    x[:, 18] *= 1e-8  # a tiny feature is as good as another
-    x[:, 19] = 0.3  # one that never changes
-    train, validation = np.flatnonzero(y[:200] != missing), np.arange(200, 250)
-    scaled = StandardScaler().fit(x[train]).transform(x).astype(float)
-    for kind in (None, "balanced"):
-        for c in grid:
-            single_c = 2 * c if missing >= 0 else c  # of two classes scikit-learn has one vector of weights
-            exact = LogisticRegression(C=single_c, class_weight=kind, tol=1e-8, max_iter=9999)
-            exact.fit(scaled[train], y[train])
-            expected = np.zeros((300, 3))
-            expected[:, exact.classes_] = exact.predict_proba(scaled)
-            accuracy = accuracy_score(y[validation], expected[validation].argmax(1))
-            learnt = accuracy_score(y[train], expected[train].argmax(1))
-            with monkeypatch.context() as patch:
-                patch.setattr(finetune_mvsa, "REGULARISATION", (c,))
-                patch.setattr(finetune_mvsa, "max", lambda heads, key: heads[bool(kind)], raising=False)
-                head, choice = finetune_mvsa.fit_probe(x, y, train, validation)
-            assert np.allclose(finetune_mvsa.probabilities_of(head, x), expected, atol=2e-3)
-            loss = -np.log(expected[validation, y[validation]].clip(1e-7)).mean()
-            fits.append((accuracy, -loss, learnt, c, bool(kind)))
-            near = pytest.approx(accuracy, abs=0.021), pytest.approx(loss, abs=2e-2)
-            assert choice == {"C": c, "balanced": bool(kind), "validation": near[0], "loss": near[1]}
-    choice = finetune_mvsa.fit_probe(x, y, train, validation)[1]
-    assert choice["validation"] == pytest.approx(max(fits)[0], abs=0.021)
-    if missing < 0:  # of this seed's data the choice is the middle C, of 0.08 more; by others it is another
-        assert (choice["C"], choice["balanced"]) == max(fits)[3:] == (1e-2, False)
-        assert 1e-2 not in [max(fits, key=lambda one: one[rule])[3] for rule in (1, 2)]  # loss; training
+def test_each_row_is_learnt_from_its_own_features_and_encoder_and_no_test_label(single):
+    net, cache, features, y = single.net, single.cache, single.features, single.y
+    train = np.concatenate([np.flatnonzero(y == label)[:n] for label, n in enumerate((8, 10, 9))])
+    validation, test = np.split(np.setdiff1d(np.arange(len(y)), train), [8])
+    changed, probes, args = y.copy(), {}, finetune_mvsa.parse_args(["--finetune_epochs", "2"])
+    changed[test] = (y[test] + 1) % 3  # also of these, which are all, 1 is the rarest label
+    for seed in (0, 5):
+        given = net, cache, features, changed, (train, validation, test), seed, probes, args
+        fitted, rows = probes.copy(), finetune_mvsa.predict_rows(*given)
+        assert all(probes[key] is probe for key, probe in fitted.items())  # both seeds share them
+        assert tuple(rows["probabilities"]) == ROWS
+        assert rows["probabilities"].pop("majority class") == len(test) * [[0, 1, 0]]
+        encoders = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder,
+                    UNTRAINED: finetune_mvsa.untrained(net, seed)}
+        for row, probabilities in rows["probabilities"].items():
+            start = row.removesuffix(", fine-tuned")
+            x = features[(start, seed) if start == UNTRAINED else start]
+            probe, choice = finetune_mvsa.fit_probe(x, y, train, validation)
+            expected = finetune_mvsa.probabilities_of(probe, x[test])
+            if row != start:
+                tuned, choice = finetune_mvsa.finetune(net, encoders[start], probe, choice, cache, y, train,
+                                                       validation, 2, seed)
+                expected = finetune_mvsa.predict(tuned, cache, test)
+            assert probabilities == expected.tolist() and rows["choices"][row] == choice, row
 
 
-@pytest.mark.parametrize("precision, missing", [("float32", -1), ("bfloat16", 0), ("float16", 2)])
-def test_fine_tuning_starts_as_the_probe_and_trains_all(single, monkeypatch, precision, missing):
-    """Also where no post to learn from has one of the labels: it stays impossible."""
-    scaler, scaled, losses, found = torch.amp.GradScaler, [], iter(range(99, 0, -1)), []
-    monkeypatch.setattr(torch.amp, "GradScaler",
-                        lambda device, enabled: scaled.append(enabled) or scaler(device, enabled=enabled))
-    monkeypatch.setattr(finetune_mvsa, "validate", lambda *rest: {"validation": 0, "loss": next(losses)})
+def test_fit_probe_takes_the_c_of_the_best_validation_accuracy():
+    rng, train, validation = np.random.default_rng(66), np.arange(100), np.arange(100, 200)
+    x = rng.normal(size=(200, 20)) * rng.uniform(0.1, 5, 20) + rng.normal(size=20)
+    y = (StandardScaler().fit_transform(x[:, :3]) + rng.gumbel(size=(200, 3)) + [1, 0, -1]).argmax(1)
+    scaled = StandardScaler().fit(x[train]).transform(x)
+    fits = [LogisticRegression(C=c, max_iter=1000).fit(scaled[train], y[train]) for c in (1e-3, 1e-2, 1e-1)]
+    expected = np.array([fit.predict_proba(scaled[validation]) for fit in fits])  # [3, 100, 3]
+    right = expected.argmax(2) == y[validation]
+    loss = [-np.log(p[range(100), y[validation]]).mean() for p in expected]
+    assert right.sum(1).argmax() == 1 and np.argmin(loss) == 2  # 6 posts more; by loss it were the third
+    probe, choice = finetune_mvsa.fit_probe(x, y, train, validation)
+    assert choice == {"C": 1e-2, "validation": right[1].mean(), "loss": pytest.approx(loss[1])}
+    assert np.allclose(finetune_mvsa.probabilities_of(probe, x[validation]), expected[1])
+    _, choice = finetune_mvsa.fit_probe(x, y, train, validation[right.all(0)])
+    assert choice["C"] == 1e-3  # of equals the smallest
+    with pytest.raises(UserError, match="all training posts are positive: a probe needs two labels"):
+        finetune_mvsa.fit_probe(x, y * 0, train, validation)
+
+
+@pytest.mark.parametrize("missing", [None, 0, 1, 2])
+def test_head_of_gives_the_probabilities_of_the_probe_and_0_for_a_label_without_posts(single, missing):
+    x, y = single.features[CONCAT], single.y
+    probe, _ = finetune_mvsa.fit_probe(x, y, np.flatnonzero(y != missing), np.arange(9))
+    probabilities = finetune_mvsa.probabilities_of(probe, x)
+    assert np.array_equal(probabilities[:, np.unique(y[y != missing])], probe.predict_proba(x))
+    assert probabilities.shape == (60, 3) and np.allclose(probabilities.sum(1), 1)
+    logits = finetune_mvsa.head_of(probe)(torch.from_numpy(x))
+    assert np.allclose(logits.softmax(1), probabilities, atol=1e-5)
+    assert missing is None or (logits[:, missing] == -30).all()
+
+
+def test_fine_tuning_starts_as_the_probe_and_trains_all_weights_in_16_bits_too(single, monkeypatch):
+    net, cache, y, train, predictions = single.net, single.cache, single.y, single.split[0], []
+    losses, scaler, before = iter(range(99, 0, -1)), Mock(wraps=torch.amp.GradScaler), model.hash_weights(net)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    monkeypatch.setattr(finetune_mvsa, "validate", lambda *given: {"validation": 0, "loss": next(losses)})
     monkeypatch.setattr(finetune_mvsa, "LEARNING_RATES", (1e-3,))
-    before = model.hash_weights(single.net.target_encoder)
-    split = [part[single.y[part] != missing] for part in single.split]
-    for dtype in ("float32", precision):
-        monkeypatch.setattr(single.net, "dtype", getattr(torch, dtype))
-        tuned, _, start, probe = tune(single, 6, split)
-        found += [finetune_mvsa.predict(one, single.cache, split[0]) for one in (start, tuned)]
-        assert not any(torch.equal(p, start.get_parameter(name)) for name, p in tuned.named_parameters())
-        assert {p.dtype for p in tuned.parameters()} == {torch.float32}
-    assert scaled == [False, precision == "float16"]
-    expected = finetune_mvsa.probabilities_of(probe, single.features[PRETRAINED][split[0]])
-    assert np.allclose(found[0], expected, atol=1e-4)
-    said = [one[range(len(one)), single.y[split[0]]].mean() for one in found]  # of the true labels
-    assert said[1] > said[0] + 0.09
-    assert abs(found[1] - found[0]).mean() > 0.1  # what is learnt is much more than the precisions differ by
-    assert abs(found[3] - found[1]).mean() < 0.01 and (precision == "float32") == np.array_equal(*found[::2])
-    assert missing < 0 or max(one[:, missing].max() for one in (expected, *found)) < 1e-9
-    assert model.hash_weights(single.net.target_encoder) == before  # the checkpoint's own is not trained
+    for dtype in (torch.float32, torch.float16):
+        monkeypatch.setattr(net, "dtype", dtype)
+        start = finetune_mvsa.Classifier(*single.start)
+        tuned, _ = finetune_mvsa.finetune(*single.start, {"loss": 100}, cache, y, *single.split[:2], 6, 0)
+        predictions += [finetune_mvsa.predict(one, cache, train) for one in (start, tuned)]
+        for name, p in tuned.named_parameters():
+            assert p.dtype == torch.float32 and not torch.equal(p, start.get_parameter(name))
+    assert [made.kwargs["enabled"] for made in scaler.call_args_list] == [False, True]
+    start, tuned, half_start, half_tuned = predictions  # [T, 3] each
+    expected = finetune_mvsa.probabilities_of(single.start[2], single.features[PRETRAINED][train])
+    assert np.allclose(start, expected, atol=1e-4) and not np.array_equal(start, half_start)
+    assert (tuned - start)[range(len(train)), y[train]].mean() > 0.09  # of the true labels
+    assert abs(half_tuned - tuned).mean() < 0.001
+    assert model.hash_weights(net) == before  # the checkpoint's own weights are not trained
 
 
-@pytest.mark.parametrize("losses, kept", [
+@pytest.mark.parametrize("losses, best", [
     ([1.0, 0.9, 0.8, 0.85, 0.95, 0.7, 0.6, 0.65], (5e-4, 3, 0.6)),  # each rate until its first worse epoch
     ([1.0, 0.7, 0.6, 0.5, 0.4, 0.9, 1.0], (1e-4, 4, 0.4)),  # the first rate's is the best of both
     ([1.0, 1.1, 1.2], (None, 0, 1.0))])  # both make it worse: the probe itself
-def test_the_best_epoch_on_validation_is_kept(single, monkeypatch, losses, kept):
-    left = 6 * losses[:1] + losses[1:]  # the probe's is of one of the six in the grid
+def test_fine_tuning_takes_the_best_epoch_on_validation(single, monkeypatch, losses, best):
+    train, validation, _ = single.split  # losses[0] is the probe's
     monkeypatch.setattr(finetune_mvsa, "BATCH", 99)  # an epoch is one step, which adds 1 to the head's bias
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda one: one.param_groups[0]["params"][-1].data.add_(1))
-    (train, validation, _), gather, steps = single.split, model.gather, []
+    gather, adamw = Mock(wraps=model.gather), Mock(wraps=torch.optim.AdamW)
+    monkeypatch.setattr(model, "gather", gather)
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
 
-    def validate(probabilities, y):
-        assert len(probabilities) == len(y) and np.array_equal(y, single.y[validation])
-        return {"validation": 0, "loss": left.pop(0)}
-
-    def note(s_image, drawn):
-        steps.append((s_image[:, 0, 0].tolist(), drawn.tolist()))
-        return gather(s_image, drawn)
-
+    validate = Mock(side_effect=[{"validation": 0, "loss": loss} for loss in losses[1:]])
     monkeypatch.setattr(finetune_mvsa, "validate", validate)
-    monkeypatch.setattr(model, "gather", note)
-    tuned, choice, start, _ = tune(single, 4, single.split)
-    assert (choice["lr"], choice["epoch"], choice["loss"]) == kept and not left
-    assert torch.allclose(tuned.head.bias, start.head.bias + kept[1])
+    tuned, choice = finetune_mvsa.finetune(*single.start, {"loss": losses[0]}, single.cache, single.y, train,
+                                           validation, 4, 0)
+    assert (choice["lr"], choice["epoch"], choice["loss"]) == best
+    assert [made.kwargs for made in adamw.call_args_list] == [
+        {"lr": lr, "weight_decay": 0.05} for lr in (1e-4, 5e-4)]
+    assert [made.args[1].tolist() for made in validate.call_args_list] == (
+        [single.y[validation].tolist()] * (len(losses) - 1))
+    assert torch.allclose(tuned.head.bias, finetune_mvsa.head_of(single.start[2]).bias + best[1])
     posts = single.cache.rows("image.f16", single.cache.readable[train])[:, 0, 0].tolist()
+    steps = [(made.args[0][:, 0, 0].tolist(), made.args[1].tolist()) for made in gather.call_args_list]
     for order, drawn in steps:  # the posts to train on, each with 9 of its 36 patches
         assert sorted(order) == sorted(posts) and {len(set(patches)) for patches in drawn} == {9}
-    if kept[1] > 1:  # of one learning rate, two epochs at least: others, in another order
+    if best[1] > 1:  # of one learning rate, two epochs at least: others, in another order
         (order, drawn), (other, others) = steps[:2]
         assert order != other and len({tuple(patches) for patches in drawn + others}) > 90
         assert set(sum(drawn, [])) == set(range(36))
 
 
-def test_each_row_has_the_features_that_it_is_named_after(single):
-    net, transform = single.net, data.image_transform(single.net.image_encoder.data_config)
-    posts = [replace(post, text=" ".join(post.text.split()[:length]))  # of other lengths: some is padded
-             for post, length in zip(single.posts, (8, 1, 3))]
-    cache = data.FeatureCache(MVSA_CACHE, [(post.image, [post.text]) for post in posts], net, 1)
-    found = finetune_mvsa.extract_features(net, cache, [0, 5])
-    fresh = {seed: finetune_mvsa.untrained(net, seed) for seed in (0, 5)}
-    torch.manual_seed(0)  # the start of a run of seed 0
-    start = model.TIJEPA(net.config, (net.image_encoder, net.text_encoder)).context_encoder
-    weights = map(model.hash_weights, (*fresh.values(), start, net.context_encoder, net.target_encoder))
-    assert len(set(weights)) == 5
-    assert model.hash_weights(fresh[0]) == model.hash_weights(finetune_mvsa.untrained(net, 0))
-    X, target = net.context_encoder, net.target_encoder
-    no_image, *no_text = net.frozen(torch.zeros(1, 3, 48, 48), [""])  # the mean colour; no words
-    for n, post in enumerate(posts):
-        s_image, *text = net.frozen(transform(data.read_image(post.image))[None], [post.text])
-        tokens = {"text only": text[0], "image only": s_image, PRETRAINED: target(s_image, *text),
-                  **{("TI-JEPA, X~ untrained", seed): fresh[seed](s_image, *text) for seed in fresh},
-                  "TI-JEPA, X in place of X~": X(s_image, *text),
-                  "TI-JEPA, pretrained, text alone": target(no_image, *text),
-                  "TI-JEPA, pretrained, image alone": target(s_image, *no_text)}
-        by_hand = {row: states[0].mean(0).detach().numpy() for row, states in tokens.items()}
-        both = np.hstack([by_hand["text only"], by_hand["image only"]])
-        by_hand |= {CONCAT: both, f"{PRETRAINED} + concatenated": np.hstack([by_hand[PRETRAINED], both])}
-        assert found.keys() == by_hand.keys()
-        for row, features in by_hand.items():  # the rows' differ by 1 and more, float16's by 0.003
-            assert np.allclose(found[row][n], features, atol=0.02), row
-
-
-def test_each_row_is_learnt_from_its_own_features_and_encoder(single, monkeypatch):
-    """A probe is here the name of the features that it was fitted on, and features are their row's name."""
-    net, untrained, tuned = single.net, "TI-JEPA, X~ untrained", ", fine-tuned"
-    names = {key: "{} {}".format(*key) if key[0] == untrained else key
-             for key in (*single.features, (untrained, 5))}
-    features = {key: np.array(60 * [name]) for key, name in names.items()}
-    y = np.array(15 * [0] + 15 * [1] + 20 * [2] + 10 * [0])
-    split = np.arange(15, 60), np.arange(5), np.arange(5, 15)
-    fit = Mock(side_effect=lambda x, *rest: (x[0], {"probe": x[0]}))
-    tune = Mock(side_effect=lambda net, encoder, head, choice, *rest: (
-        f"{head}, then {model.hash_weights(encoder)}", choice))
-    for name, stand_in in (("fit_probe", fit), ("finetune", tune),
-                           ("probabilities_of", lambda head, x: np.append(x, head)),
-                           ("predict", lambda classifier, cache, part: np.array([classifier, *part]))):
-        monkeypatch.setattr(finetune_mvsa, name, stand_in)
-    probes, args = {}, finetune_mvsa.parse_args(["--finetune_epochs", "7"])
-    for seed in (0, 5):
-        given = net, None, features, y, split, seed, probes, Counter(), args
-        found = finetune_mvsa.predict_rows(*given)
-        encoders = {PRETRAINED: net.target_encoder, "TI-JEPA, X in place of X~": net.context_encoder,
-                    untrained: finetune_mvsa.untrained(net, seed)}
-        expected = {"majority class": 10 * [[0, 0, 1]]}  # of the training posts; of all, it is positive
-        for row in ROWS[1:]:
-            start = row.removesuffix(tuned)
-            name = f"{start} {seed}" if start == untrained else start
-            expected[row] = 11 * [name] if row == start else [
-                f"{name}, then {model.hash_weights(encoders[start])}", *map(str, range(5, 15))]
-            assert found["choices"][row] == {"probe": name}
-        assert found["probabilities"] == expected and tune.call_args.args[-2:] == (7, seed)
-    assert fit.call_count == 10  # both seeds share the probes, but for the untrained encoder's
-    for mode, rows in finetune_mvsa.ROWS.items():
-        args.mode = [mode]
-        assert tuple(finetune_mvsa.predict_rows(*given)["probabilities"]) == rows
-
-
 def test_bootstrap_resamples_posts_by_hand():
-    each = np.tile(np.arange(200), 2)  # two seeds
-    new, old = each % 4 != 0, each % 2 == 0
-    difference, low, high = finetune_mvsa.bootstrap(new * 1.0 - old, each)
+    posts = np.tile(np.arange(200), 2)  # two seeds
+    new, old = posts % 4 != 0, posts % 2 == 0
+    difference, low, high = finetune_mvsa.bootstrap(new * 1.0 - old, posts)
     assert difference == pytest.approx(25)  # right in 150 against 100 of 200
     # gains of +1 (100 posts), 0 (50), -1 (50), the same in both seeds: the deviation of their mean
     deviation = 100 * (((100 * 0.75 ** 2 + 50 * 0.25 ** 2 + 50 * 1.25 ** 2) / 200) / 200) ** 0.5
     assert [low - 25, high - 25] == pytest.approx([-1.96 * deviation, 1.96 * deviation], abs=1.5)
-    assert finetune_mvsa.bootstrap(new * 1.0 - new, each) == [0, 0, 0]
 
 
 def recompute(folder, ending=""):
-    """-> the sets of results.json, the lines of predictions.csv. Each score comes out of them by sklearn."""
-    results, groups = json.loads((folder / f"results{ending}.json").read_text()), {}
+    """-> results.json, the lines of predictions.csv, results.md. All scores come out of the lines by sklearn,
+    and the table has them."""
+    results, table = (folder / f"results{ending}.{kind}" for kind in ("json", "md"))
+    results, table, groups = json.loads(results.read_text()), table.read_text(), {}
     lines = list(csv.DictReader(io.StringIO((folder / f"predictions{ending}.csv").read_text())))
     for line in lines:
         groups.setdefault((line["set"], line["row"], line["seed"]), []).append(line)
-        probabilities = [float(line[name]) for name in data.LABELS]
-        assert sum(probabilities) == pytest.approx(1, abs=1e-4)
-        assert probabilities[data.LABELS.index(line["prediction"])] == max(probabilities)
-    for kind, found in results["sets"].items():
-        for row, scores in found["scores"].items():
-            confusion, sizes = 0, []
+        assert float(line[line["prediction"]]) == max(float(line[label]) for label in data.LABELS)
+    names = ["accuracy", "weighted F1", "macro F1"]
+    rows = [["features", *names], ["true \\ predicted", *data.LABELS]]
+    for kind, result in results["sets"].items():
+        for row, scores in result["scores"].items():
+            confusion = 0
             for n, seed in enumerate(results["seeds"]):
-                mine = groups.pop((kind, row, str(seed)))
-                sizes.append(len({line["id"] for line in mine}))
-                y, p = ([line[key] for line in mine] for key in ("label", "prediction"))
-                expected = classification_report(y, p, output_dict=True, zero_division=0)
-                assert scores["accuracy"][n] == pytest.approx(100 * expected["accuracy"])
-                for average in ("weighted", "macro"):
-                    f1 = 100 * expected[f"{average} avg"]["f1-score"]
-                    assert scores[f"{average} F1"][n] == pytest.approx(f1)
-                for name in data.LABELS:
-                    by_hand = expected.get(name, Counter())  # Counter: 0 for a class that is not there
-                    for key in ("precision", "recall", "f1-score"):
-                        figures = scores["classes"][name][key.replace("f1-score", "F1")]
-                        assert figures[n] == pytest.approx(100 * by_hand[key])
-                confusion += confusion_matrix(y, p, labels=data.LABELS)
-            assert scores["confusion"] == confusion.tolist() and confusion.sum() == sum(sizes) > 0
-        for name, (difference, low, high) in found["differences"].items():
-            new, old = (found["scores"][row]["accuracy"] for row in name.split(" minus "))
-            assert difference == pytest.approx(np.average(np.subtract(new, old), weights=sizes))
-            assert low <= difference <= high
-    assert not groups  # nothing else is in there
-    return results["sets"], lines
+                pairs = [(line["label"], line["prediction"]) for line in groups.pop((kind, row, str(seed)))]
+                report = classification_report(*zip(*pairs), output_dict=True, zero_division=0)
+                f1 = [report[f"{average} avg"]["f1-score"] for average in ("weighted", "macro")]
+                assert [scores[name][n] / 100 for name in names] == pytest.approx([report["accuracy"], *f1])
+                confusion += confusion_matrix(*zip(*pairs), labels=data.LABELS)
+            assert scores["confusion"] == confusion.tolist()
+            rows.append([row, *(f"{np.mean(scores[name]):.2f} ± {np.std(scores[name], ddof=1):.2f}"
+                                for name in names)])
+        rows += [[label, *map(str, counts)] for label, counts in zip(data.LABELS, scores["confusion"])]
+        for pair, (gain, low, high) in result["differences"].items():
+            new, old = (np.array(result["scores"][row]["confusion"]) for row in pair.split(" minus "))
+            assert gain == pytest.approx(100 * np.trace(new - old) / new.sum())
+            rows.append([pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}"])
+    assert not groups and all(" | ".join(cells) in table for cells in rows)
+    return results, lines, table
 
 
 @pytest.mark.parametrize("protocol", ["standard", "grouped", "authors"])
-def test_finetune_end_to_end(toy, pretrained, tmp_path, protocol):
-    mvsa, ending = shutil.copytree(toy / "mvsa", tmp_path / "mvsa"), f"_{protocol}" * (protocol != "standard")
+def test_finetune_end_to_end(toy, pretrained, tmp_path, monkeypatch, protocol):
+    mvsa = shutil.copytree(toy / "mvsa", tmp_path / "mvsa")
+    ending, mode = ("", ["probe", "finetune"]) if protocol == "standard" else (f"_{protocol}", ["probe"])
     posts, _ = data.load_mvsa(mvsa / "MVSA_Single")
     pairs = list(zip(posts[:40:2], posts[1:40:2]))
     for one, other in pairs:  # pictures that are there twice
         shutil.copy(one.image, other.image)
-    modes = ["probe", "finetune"] if protocol == "standard" else ["probe"]
-    options = ["--mvsa", mvsa, "--out", tmp_path, "--protocol", protocol, "--mode", *modes]
-    done = judge_mvsa(pretrained.out, *options)
-    sets, lines = recompute(tmp_path, ending)
-    rows = [row for mode in modes for row in finetune_mvsa.ROWS[mode]]
-    for (kind, found), count in zip(sets.items(), (60, 120)):
-        posts, skipped = data.load_mvsa(data.find_mvsa(mvsa)[kind])
-        labels = {post.id: data.LABELS[post.label] for post in posts}
-        assert all(line["label"] == labels[line["id"]] for line in lines if line["set"] == kind)
-        assert found["posts"] == sum(found["labels"].values()) == count
-        assert found["skipped"] == {**skipped, "unreadable image": 1}
-        sizes = found["split_sizes"]
-        assert sizes[1:] == [18, 18] if protocol == "authors" else sum(sizes) == count
-        assert list(found["scores"]) == rows and len(found["differences"]) == 1 + 2 * len(modes)
-        assert len(set(found["split_hash"].values())) == 2
-    assert (sets["single"]["split_hash"] == sets["multi"]["split_hash"]) == (protocol == "authors")
-    if protocol == "grouped":
-        assert "groups of repeated posts" in done.out and sets["single"]["split_notes"]["posts in them"] == 40
-        tested = {(line["seed"], line["id"]) for line in lines if line["set"] == "single"}
-        assert all(((s, a.id) in tested) == ((s, b.id) in tested) for a, b in pairs for s in "01")
-    results = json.loads((tmp_path / f"results{ending}.json").read_text())
-    table = (tmp_path / f"results{ending}.md").read_text()
+    if protocol == "authors":  # every row is always right
+        monkeypatch.setattr(finetune_mvsa, "predict_rows", lambda net, cache, features, y, split, *rest: {
+            "probabilities": dict.fromkeys(PROBES, np.eye(3)[y[split[2]]].tolist()), "choices": {}})
+    load = Mock(wraps=model.TIJEPA.from_checkpoint)
+    monkeypatch.setattr(model.TIJEPA, "from_checkpoint", load)
+    options = ["--mvsa", mvsa, "--out", tmp_path, "--protocol", protocol, "--mode", *mode]
+    done = judge_mvsa(pretrained.out, *options, "--image_weights", "a", "--text_encoder", "toy")
+    load.assert_called_once_with(str(pretrained.checkpoint), "a", "toy")
+    results, lines, table = recompute(tmp_path, ending)
     assert set(results["versions"]) == {"python", "torch", "timm", "transformers", "sklearn", "numpy"}
     assert len(results["code"].rstrip("+")) == 40 or results["code"] == "none"
     assert table in done.out and "not the paper's" in table and f"features: {MVSA_CACHE}/" in done.out
-    parts = re.split("## MVSA-(?:Single|Multi)\n", table)[1:]
-    for found, part, reported in zip(sets.values(), parts, ("76.75 | 74.62", "77.55 | 75.02"), strict=True):
-        shown = [["features", "accuracy", "weighted F1", "macro F1"]]
-        for row, scores in found["scores"].items():
-            figures = [scores[name] for name in shown[0][1:]]
-            shown.append([row, *(f"{np.mean(ones):.2f} ± {np.std(ones, ddof=1):.2f}" for ones in figures)])
-        shown += [[name, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}"]
-                  for name, (gain, low, high) in found["differences"].items()]
-        measures = ["precision", "recall", "F1"]
-        shown.append(["true \\ predicted", *data.LABELS, *measures])
-        for label, counts in zip(data.LABELS, scores["confusion"]):  # of the last row
-            means = [f"{np.mean(scores['classes'][label][name]):.1f}" for name in measures]
-            shown.append([label, *map(str, counts), *means])
-        assert all(part.count(f"| {' | '.join(cells)} |\n") == 1 for cells in shown)
-        assert f"not measured here | {reported} | – |" in part
+    assert re.findall("measured here (.*) –", table) == ["| 76.75 | 74.62 |", "| 77.55 | 75.02 |"]
+    for (kind, result), count in zip(results["sets"].items(), (60, 120), strict=True):
+        posts, skipped = data.load_mvsa(data.find_mvsa(mvsa)[kind])
+        labels = {post.id: data.LABELS[post.label] for post in posts}
+        assert all(line["label"] == labels[line["id"]] for line in lines if line["set"] == kind)
+        assert result["posts"] == sum(result["labels"].values()) == count
+        assert result["skipped"] == {**skipped, "unreadable image": 1}
+        sizes = result["split_sizes"]  # the authors repeat posts of the pool until the classes are equal
+        assert sizes[0] > 144 and sizes[1:] == [18, 18] if protocol == "authors" else sum(sizes) == count
+        assert tuple(result["scores"]) == (ROWS if protocol == "standard" else PROBES)
+        assert len(result["differences"]) == 1 + 2 * len(mode)
+        assert protocol != "authors" or result["scores"][PRETRAINED]["accuracy"] == [100, 100]
+    splits = {one for result in results["sets"].values() for one in result["split_hash"].values()}
+    assert len(splits) == (2 if protocol == "authors" else 4)  # of each seed; the authors pool both sets
+    if protocol == "grouped":
+        assert "groups of repeated posts" in table and "40 posts in them" in table
+        tested = {(line["seed"], line["id"]) for line in lines if line["set"] == "single"}
+        assert all(((s, a.id) in tested) == ((s, b.id) in tested) for a, b in pairs for s in "01")
     assert Image.open(tmp_path / f"confusion{ending}.png").size == (800, 360)
     with data.locked(tmp_path):
         assert f"another run writes to {tmp_path}" in judge_mvsa(pretrained.out, *options, code=2).err
 
 
-def test_scores_of_a_pool_are_those_of_each_sets_own_posts(toy, pretrained, tmp_path, monkeypatch):
-    """One row is always right, the other never."""
-    def predict(net, cache, features, y, split, *rest):
-        right = np.eye(3)[y[split[2]]]
-        assert len(set(np.bincount(y[split[0]]))) == 1  # the authors' way: classes are made equal
-        rows = {PRETRAINED: right, CONCAT: np.roll(right, 1, axis=1)}
-        return {"probabilities": {row: values.tolist() for row, values in rows.items()}, "choices": {}}
-
-    monkeypatch.setattr(finetune_mvsa, "predict_rows", predict)
-    monkeypatch.setattr(finetune_mvsa, "extract_features", lambda *given: {})
-    judge_mvsa(pretrained.out, "--mvsa", toy / "mvsa", "--out", tmp_path, "--protocol", "authors")
-    sets, lines = recompute(tmp_path, "_authors")
-    for found in sets.values():
-        assert [found["scores"][row]["accuracy"] for row in found["scores"]] == [[100, 100], [0, 0]]
-        assert found["differences"] == {f"{PRETRAINED} minus {CONCAT}": [100, 100, 100]}
-    assert len(lines) == 2 * 2 * 18 and {line["set"] for line in lines} == {"single", "multi"}
-
-
-def test_the_encoders_and_the_device_are_those_that_the_options_name(toy, monkeypatch):
-    asked = Mock(side_effect=UserError("not there"))
-    monkeypatch.setattr(model.TIJEPA, "from_checkpoint", asked)
-    options = ["--mvsa", toy / "mvsa", "--checkpoint", "a", "--image_weights", "b", "--text_encoder", "c"]
-    call(finetune_mvsa, *options, code=2)
-    asked.assert_called_once_with("a", "b", "c")
-    assert "--device gpu cannot be had" in call(finetune_mvsa, *options, "--device", "gpu", code=2).err
-
-
 @pytest.fixture(scope="module")
 def judged_once(toy, pretrained, tmp_path_factory):
+    """A folder with the results of Single alone, of a published split. Three tested posts are repeats."""
     root = tmp_path_factory.mktemp("judged")
     shutil.copy(pretrained.checkpoint, root)
     shutil.copytree(toy / "mvsa" / "MVSA_Single", root / "mvsa")
     posts = data.load_mvsa(root / "mvsa")[0][:-1]  # the last one's picture is broken
     listed = [(post.id, post.label) for post in posts]
     write_split(root / "single", listed[:40], listed[40:50], listed[50:])
-    for post, words in zip(posts[50:53], ("RT @you {}!", "{} http://t.co/1", "#{}")):  # tested, and repeats
+    for post, words in zip(posts[50:53], ("RT @you {}!", "{} http://t.co/1", "#{}")):
         post.image.with_suffix(".txt").write_text(words.format(posts[7].text))
     shutil.copy(posts[3].image, posts[52].image)
     judge_mvsa(root, "--split", root / "single")
-    sets, lines = recompute(root / "out")
-    found, table = sets["single"], (root / "out" / "results.md").read_text()
-    assert list(sets) == ["single"] and found["split_sizes"] == [40, 10, 10]
-    assert {line["id"] for line in lines} == {post.id for post in posts[50:]}
-    assert found["split_notes"]["test posts with the words of a training post"] == 3
-    assert found["split_notes"]["test posts with the image of a training post"] == 1
-    new = {post.id for post in posts[53:]}
-    right = [100 * np.mean([line["label"] == line["prediction"] for line in lines if line["id"] in new
-                            and (line["row"], line["seed"]) == (PRETRAINED, seed)]) for seed in "01"]
-    assert found["scores"][PRETRAINED]["accuracy without repeats"] == pytest.approx(right)
-    assert "| accuracy without repeats |" in table and f"Not measured: no MVSA-Multi in {root}" in table
     return root
 
 
-def relabel(root):
-    path = root / "mvsa" / "labelResultAll.txt"
-    path.write_text(re.sub("(?m)^77\t.*", "77\tpositive,positive", path.read_text()))
+def test_a_published_split_is_used_and_scored_with_and_without_repeats(judged_once):
+    results, lines, table = recompute(judged_once / "out")
+    result, tested = results["sets"]["single"], lines[-10:]
+    assert result["split_sizes"] == [40, 10, 10] and tuple(result["scores"]) == PROBES
+    posts, _ = data.load_mvsa(judged_once / "mvsa")
+    assert [line["id"] for line in tested] == [post.id for post in posts[50:-1]]
+    for what, count in (("words", 3), ("image", 1)):
+        assert f"{count} test posts with the {what} of a training post" in table
+    right = 100 * np.mean([line["label"] == line["prediction"] for line in tested[3:]])
+    assert result["scores"][tested[0]["row"]]["accuracy without repeats"][1] == pytest.approx(right)
+    assert "| accuracy without repeats |" in table and "Not measured: no MVSA-Multi in" in table
 
 
-KEPT = "out/predictions/standard-single-{}.json".format
+SEED = "out/predictions/standard-single-{}.json".format
 BETWEEN = {  # what changes between two runs: (how, options of the second, seeds that they compute again)
-    "--finetune_epochs": (lambda root: None, "--finetune_epochs 2", [0, 1]),
-    "--mode": (lambda root: None, "--mode finetune", [0, 1]),
-    "--dtype": (lambda root: None, "--dtype bfloat16", [0, 1]),
-    "a tested label": (relabel, "", [0, 1]),
-    "the checkpoint": (lambda root: spoil(
-        root, lambda c: c["model"]["target_encoder"]["blocks.0.mlp.2.weight"].mul_(-2)), "", [0, 1]),
-    "the split": (lambda root: None, "--split=", [0, 1]),
-    "a file is another's": (lambda root: shutil.copy(root / KEPT(1), root / KEPT(0)), "", [0]),
-    "a file is cut off": (lambda root: os.truncate(root / KEPT(1), 999), "", [1]),
+    "epochs": (str, "--finetune_epochs 2", [0, 1]), "mode": (str, "--mode finetune", [0, 1]),
+    "dtype": (str, "--dtype bfloat16", [0, 1]), "split": (str, "--split=", [0, 1]),
+    "a tested label": (lambda root: execute("sed", "-i", r"s/^77\t.*/77\tpositive,positive/",
+                                            root / "mvsa" / "labelResultAll.txt"), "", [0, 1]),
+    **{name: (lambda root, name=name: spoil(
+        root, lambda c: c["model"][name]["blocks.0.mlp.2.weight"].mul_(-2)), "", [0, 1])
+       for name in ("context_encoder", "target_encoder")},
+    "another seed's file": (lambda root: shutil.copy(root / SEED(1), root / SEED(0)), "", [0]),
+    "a file is cut off": (lambda root: os.truncate(root / SEED(1), 999), "", [1]),
     "Ctrl-C in the last of three": (lambda root: judge_mvsa(
         root, "--split", root / "single", "--seeds", 0, 1, 2, code=130), "--seeds 2 0 1", [2, 2]),
     "time and place": (lambda root: [os.utime(path) for path in root.rglob("*")], "", [])}
 
 
 @pytest.mark.parametrize("what", BETWEEN)
-def test_kept_predictions_are_never_of_something_else(judged_once, tmp_path, monkeypatch, what):
+def test_predictions_are_reused_only_for_the_same_run(judged_once, tmp_path, monkeypatch, what):
     change, options, again = BETWEEN[what]
     judged, real, asked = shutil.copytree(judged_once, tmp_path / "judged"), finetune_mvsa.predict_rows, []
 
@@ -1839,38 +1748,38 @@ def test_kept_predictions_are_never_of_something_else(judged_once, tmp_path, mon
     assert asked == again
     if again != [0, 1]:
         judge_mvsa(judged, "--split", judged / "single", "--out", judged / "fresh", *options.split())
-        assert recompute(judged / "out") == recompute(judged / "fresh")
+        assert recompute(judged / "out")[1] == recompute(judged / "fresh")[1]
 
 
-def test_ablation_table_is_made_from_the_runs_files(tmp_path):
+def test_ablation_table_is_made_from_the_files_of_the_runs(tmp_path):
     for variant, seed, auc in (("plain", 0, 0.5), ("plain", 1, 0.7), ("image", 0, 1.0)):
         out = tmp_path / f"{variant}-{seed}"
         out.mkdir()
         (out / "log.jsonl").write_text('{"loss": 9, "step": 3}\n{"loss": 0.25, "step": 6}\n')
-        judged = dict(energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7, step=6)
-        (out / "eval.json").write_text(json.dumps(judged))
+        (out / "eval.json").write_text(json.dumps(dict(
+            energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7, step=6)))
         single, multi = ({"accuracy": [n + 10 * seed, n + 10 * seed + 2]} for n in (60, 70))
-        sets = {"single": {"scores": dict.fromkeys(finetune_mvsa.ROWS["probe"], single)},
+        sets = {"single": {"scores": dict.fromkeys(PROBES, single)},
                 "multi": {"scores": dict.fromkeys(ROWS, multi)}}
         (out / "results.json").write_text(json.dumps({"sets": sets, "step": 6}))
     done = call(finetune_mvsa, "--ablate", tmp_path)
     assert (tmp_path / "results.md").read_text() in done.out
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.out.splitlines() if line]
-    assert lines[0][8:] == ["X, MVSA-Multi", "X, MVSA-Single", "X~ fine-tuned, MVSA-Multi", "X~, MVSA-Multi",
-                            "X~, MVSA-Single"]
-    table = {name: cells for name, *cells in lines[2:]}
-    assert table["plain"] == ["2", "0.250 ± 0.000", "0.100 ± 0.000", "0.400 ± 0.000", "0.600 ± 0.141",
-                              "0.500 ± 0.000", "7.000 ± 0.000",
-                              *(f"{mean}.0 ± 7.1" for mean in (76, 66, 76, 76, 66))]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in done.out.splitlines() if line]
+    assert header[8:] == [f"{column}, MVSA-{kind}" for column, kind in (
+        ("X", "Multi"), ("X", "Single"), ("X~ fine-tuned", "Multi"), ("X~", "Multi"), ("X~", "Single"))]
+    table = {name: cells for name, *cells in rows}
+    assert table["plain"] == [
+        "2", "0.250 ± 0.000", "0.100 ± 0.000", "0.400 ± 0.000", "0.600 ± 0.141", "0.500 ± 0.000",
+        "7.000 ± 0.000", *(f"{mean}.0 ± 7.1" for mean in (76, 66, 76, 76, 66))]
     assert table["image"][:3] == ["1", "0.250", "0.100"]  # one run has no deviation
-    assert table["*untrained*"] == ["3", *8 * [""], *("74.3 ± 5.8", "74.3 ± 5.8", "64.3 ± 5.8")]
-    assert table["*text + image concatenated*"][-2:] == ["74.3 ± 5.8", "64.3 ± 5.8"]
-    for file, text in (("results.json", "[]"), ("log.jsonl", '{"loss": 9, "step": 3}')):
-        (out / file).write_text(text)
-        assert f"{out} is no finished run" in call(finetune_mvsa, "--ablate", tmp_path, code=2).err
+    for name in ("*untrained*", f"*{CONCAT}*"):  # the same in all runs
+        assert table[name] == ["3", *9 * [""], "74.3 ± 5.8", "64.3 ± 5.8"]
+    (out / "log.jsonl").write_text('{"loss": 9, "step": 3}')
+    said = call(finetune_mvsa, "--ablate", tmp_path, code=2).err
+    assert f"the files of {out} are of different steps" in said
 
 
-def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
+def test_the_code_in_the_readme_runs(pretrained, toy, tmp_path, monkeypatch):
     pairs, own = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(pairs, {})
@@ -1878,7 +1787,7 @@ def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
     assert files == {0: "a.jpg", 1: "b.jpg"} and captions == {0: ["a red dog"], 1: ["two cats"]}
     names = {}
     places = {"out/toy/checkpoint.pt": pretrained.checkpoint, "data/toy": toy}
-    exec(re.sub("|".join(places), lambda found: str(places[found[0]]), own), names)
+    exec(re.sub("|".join(places), lambda place: str(places[place[0]]), own), names)
     words = {word for group in (*(names for _, names in data.COLOURS), *data.PATTERNS) for word in group}
     assert all(word in words for caption in names["captions"] for word in caption.split())  # the toy's own
     assert names["energies"].shape == (2,) and names["logits"].shape == (2, 10)
@@ -1886,189 +1795,116 @@ def test_the_readmes_blocks_run(pretrained, toy, tmp_path, monkeypatch):
     assert names["net"].predictor.mask_token.grad is None
 
 
-def test_make_names_the_packages_that_are_missing_and_installs_once(tmp_path):
-    make = ["make", "-s", "-f", HERE / "Makefile", "packages"]
+def test_make_names_the_packages_that_are_missing(tmp_path):
     for venv, text, says in (("", "numpy>=1\n", ""), ("a b", "numpy>=1\n", "VENV cannot have a space"),
                              ("", "torch>=99\nno-such>=1\n", "lacks torch>=99, no-such>=1;")):
         (tmp_path / "requirements.txt").write_text(text)
-        done = execute(*make, f"VENV={venv}", f"PYTHON3={sys.executable}", cwd=tmp_path)
+        options = "-f", HERE / "Makefile", f"VENV={venv}", f"PYTHON3={sys.executable}"
+        done = execute("make", "packages", *options, cwd=tmp_path)
         assert says in done.stderr and done.returncode == (2 if says else 0)
-    # A venv whose python only notes that it was asked to install
-    (tmp_path / "python").write_text(f'''#!/bin/sh
-        [ "$1 $2" = "-m venv" ] || exec "{sys.executable}" "$@"
-        mkdir -p $3/bin; printf '#!/bin/sh\nsleep 1; echo "$*" >> {tmp_path}/log\n' > $3/bin/python
-        chmod +x $3/bin/python''')
-    (tmp_path / "python").chmod(0o755)
-    both = [subprocess.Popen([*make, f"PYTHON3={tmp_path}/python"], cwd=tmp_path) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
-    assert (tmp_path / "log").read_text().count("pip install") == 1
-
-
 def make(words):
     env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of make test
     return execute("make", *words.split(), cwd=HERE, env=env)
 
 
-def planned(words):
-    """The runs of both scripts that make would start -> [(what it is, python's options, the script's)]."""
-    found = []
-    for command in re.split(r" && | \|\| |\n", make(f"-n VENV= {words}").stdout):
-        run = re.match(r'"python3" (.*?) ?\b(pretrain|finetune_mvsa)\.py ([^>]*)', command)
-        if run:
-            options = vars(sys.modules[run[2]].parse_args(shlex.split(run[3])))
-            stage = next((name for name in ("bench", "eval", "protocol") if options.get(name)), "train")
-            found.append((options["protocol"] if stage == "protocol" else stage, run[1], options))
-    return found
+def runs(text):
+    """The runs of both scripts in a shell's lines -> [(python's options, script, {option: value})]"""
+    commands = re.findall(r'python3"? (.*?)\b(pretrain|finetune_mvsa)\.py ([^>&|\n]*)', text)
+    return [(by.split(), script, vars(sys.modules[script].parse_args(shlex.split(options))))
+            for by, script, options in commands]
 
 
-EACH = "train.{0} eval.{0} standard.{0}".format
-PASSED_ON = {  # a variable of make reproduce: all that it changes; to its value, where no other is said
-    "DEVICE=cpu": EACH("device"), "DTYPE=bfloat16": EACH("dtype"), "CACHE=/x": EACH("cache"),
-    "IMAGE_WEIGHTS=/x": EACH("image_weights"), "TEXT_ENCODER=/x": EACH("text_encoder"),
-    "IMAGE_ENCODER=vit": "train.image_encoder", "EPOCHS=7": "train.epochs", "TARGET=image": "train.target",
-    "SEED=3": "train.seed", "ARGS=--lr=0.5": "train.lr=0.5",
-    "GPUS=2": "train.by=-mtorch.distributed.run--nproc_per_node=2",
-    "SPLIT=/x": "standard.split", "COCO=/x": "train.coco eval.coco", "MVSA=/x": "standard.mvsa",
-    "OUT=/x": EACH("out") + " eval.eval=/x/checkpoint.pt standard.checkpoint=/x/checkpoint.pt"}
-
-
-def test_make_passes_each_variable_on_to_the_commands_that_it_is_for():
-    def plan(words):
-        return {f"{stage}.{name}": str(value) for stage, python, options in planned(f"reproduce {words}")
-                for name, value in {**options, "by": python.replace(" ", "")}.items()}
-
-    tiny = "PRESET=tiny COCO=/c MVSA=/m"
-    (_, _, train), (_, _, judge), (_, _, standard) = planned(f"reproduce {tiny}")
-    assert train == vars(pretrain.parse_args("--preset tiny --coco /c --resume --out out/tiny".split()))
-    assert judge == vars(pretrain.parse_args("--eval out/tiny/checkpoint.pt --coco /c".split()))
-    assert standard == vars(finetune_mvsa.parse_args(
-        "--checkpoint out/tiny/checkpoint.pt --mvsa /m --out out/tiny".split()))
-    before = plan(tiny)
-    for variable, expected in PASSED_ON.items():
-        changed = {key: value for key, value in plan(f"{tiny} {variable}").items() if value != before[key]}
-        pairs = (pair.partition("=") for pair in expected.split())
-        assert changed == {key: value or variable.partition("=")[2] for key, _, value in pairs}, variable
-    toy = planned("reproduce PRESET=toy SPLIT=/x")
-    assert [(stage, options.get("mode"), options.get("split")) for stage, _, options in toy] == [
-        ("train", None, None), ("eval", None, None), ("standard", ["probe", "finetune"], "/x"),
-        ("grouped", ["probe"], ""), ("authors", ["probe"], "")]
-    assert {options["cache"] for _, _, options in toy} == {"data/toy/cache"}
-    assert planned(f"reproduce {tiny} PROTOCOLS=grouped")[2][0] == "grouped"
-    (_, _, found), = planned("bench PRESET=tiny DEVICE=cpu DTYPE=float32 IMAGES=70")
-    assert found == vars(pretrain.parse_args(
-        "--bench --preset tiny --device cpu --dtype float32 --max_images 70".split()))
-    once = '[ "out/tiny/eval.json" -nt "out/tiny/checkpoint.pt" ] || "python3" pretrain.py'
-    assert once in make(f"-n reproduce VENV= {tiny}").stdout
-
-
-def test_make_ablate_runs_each_variant_with_three_seeds():
-    variants = {"plain": "", "image": "--target image", "vicreg": "--vicreg 1", "sigreg": "--sigreg 0.005",
-                "no_ema": "--momentum 0 --final_momentum 0", "shuffled": "--shuffle_captions",
-                "image_shuffled": "--target image --shuffle_captions"}
-    expected = []
-    for variant, options in variants.items():
-        for seed in range(3):
-            out, places = f"out/ablate/{variant}-{seed}", "--cache data/toy/cache --device cpu"
-            coco, checkpoint = f"--coco data/toy/coco {places}", f"{out}/checkpoint.pt"
-            train = f"{options} --seed {seed} --resume --out {out} {coco}"
-            judge = f"--eval {checkpoint} {coco}"
-            score = f"--checkpoint {checkpoint} --mvsa data/toy/mvsa --out {out} --seeds 0 1 2 --mode probe"
-            expected += [pretrain.parse_args(train.split()), pretrain.parse_args(judge.split()),
-                         finetune_mvsa.parse_args(f"{score} {places}".split())]
+BOTH = "--device cpu --dtype bfloat16 --cache /f --image_weights /w --text_encoder /t"
+JUDGE = f"python3 finetune_mvsa.py {BOTH} --checkpoint /o/checkpoint.pt --mvsa data/toy/mvsa --out /o"
+TOY = "--device cpu --cache data/toy/cache"
+VARIANTS = {
+    "out/ablate/plain": "", "out/ablate/image": "--target image", "out/ablate/sigreg": "--sigreg 0.005",
+    "out/ablate/no_ema": "--momentum 0 --final_momentum 0", "out/ablate/shuffled": "--shuffle_captions",
+    "out/ablate/image_shuffled": "--target image --shuffle_captions"}
+MAKE = {  # what is asked of make: the commands that it would run
+    "reproduce PRESET=tiny COCO=/c MVSA=/m": """
+        python3 pretrain.py --preset tiny --coco /c --resume --out out/tiny
+        python3 pretrain.py --eval out/tiny/checkpoint.pt --coco /c
+        python3 finetune_mvsa.py --checkpoint out/tiny/checkpoint.pt --mvsa /m --out out/tiny""",
+    "reproduce PRESET=toy OUT=/o DEVICE=cpu DTYPE=bfloat16 CACHE=/f IMAGE_WEIGHTS=/w TEXT_ENCODER=/t "
+    "SPLIT=/s IMAGE_ENCODER=vit EPOCHS=7 TARGET=image SEED=3 ARGS=--lr=0.5 GPUS=2": f"""
+        python3 -m torch.distributed.run --nproc_per_node=2 pretrain.py {BOTH} --coco data/toy/coco --out /o \
+            --resume --image_encoder vit --epochs 7 --target image --seed 3 --lr 0.5
+        python3 pretrain.py {BOTH} --coco data/toy/coco --eval /o/checkpoint.pt
+        {JUDGE} --split /s && {JUDGE} --protocol grouped --mode probe
+        {JUDGE} --protocol authors --mode probe""",
+    "bench PRESET=tiny DEVICE=cpu DTYPE=float32 IMAGES=70":
+        "python3 pretrain.py --bench --preset tiny --device cpu --dtype float32 --max_images 70",
     # -B: as if no run were there. What is not the same for all is not taken over
-    *runs, (_, _, last) = planned("-B ablate DEVICE=cpu TARGET=image SEED=9 EPOCHS=7 ARGS=--lr=1")
-    assert [options for _, _, options in runs] == list(map(vars, expected))
-    assert last == vars(finetune_mvsa.parse_args(["--ablate", "out/ablate"]))
+    "-B ablate DEVICE=cpu TARGET=image SEED=9 EPOCHS=7 ARGS=--lr=1": "".join(f"""
+        python3 pretrain.py {TOY} --coco data/toy/coco --out {out}-{seed} --resume {options} --seed {seed}
+        python3 pretrain.py {TOY} --coco data/toy/coco --eval {out}-{seed}/checkpoint.pt
+        python3 finetune_mvsa.py {TOY} --checkpoint {out}-{seed}/checkpoint.pt --out {out}-{seed} \
+            --mvsa data/toy/mvsa --seeds 0 1 2 --mode probe
+        """ for out, options in VARIANTS.items() for seed in range(3))
+    + "python3 finetune_mvsa.py --ablate out/ablate"}
 
 
-def test_make_says_what_it_would_run_and_does_not_do_again_what_is_done(tmp_path):
+@pytest.mark.parametrize("words", MAKE)
+def test_make_passes_each_variable_on_to_the_commands_that_it_is_for(words):
+    assert runs(make(f"-n VENV= {words}").stdout) == runs(MAKE[words])
+
+
+def test_make_says_what_it_would_run_and_evaluates_a_checkpoint_once():
     listed = {line.split()[1] for line in make("").stdout.splitlines()}
-    assert listed == set("help reproduce pretrain picture ablate bench test coco weights clean".split())
-    first = make("check-preset DEVICE=cpu COCO=/nowhere MVSA=/nowhere").stdout
-    assert first.startswith("reproduce: preset toy, data data/toy/coco") and "NOT the paper's" in first
-    small = make("check-preset PRESET=small COCO=/a MVSA=/b").stdout
-    assert "preset small, data /a and /b" in small and "NOT" not in small
+    assert listed == set("help reproduce pretrain picture ablate bench test coco clean".split())
+    for options, says in (("COCO=/none", "preset toy, data data/toy/coco and data/toy/mvsa, device cpu. Toy"),
+                          ("PRESET=small COCO=/a MVSA=/b", "preset small, data /a and /b, device cpu\n"),
+                          ("COCO=/ MVSA=/", "preset small"), ("COCO=/ MVSA=/nowhere", "preset toy")):
+        assert says in make(f"check-preset DEVICE=cpu {options}").stdout
     assert make("check-preset PRESET=huge").returncode == 2
-    for images, limit in (("", "10000"), ("IMAGES=7", "7"), ("IMAGES=all", "0")):
-        assert f"--images {limit}\n" in make(f"-n coco VENV= {images or 'DEVICE=cpu'}").stdout
-    for preset in ("small", "medium", "large"):  # what `make weights` fetched is used
-        fetched = tmp_path / Path(timm.get_pretrained_cfg(model.PRESETS[preset].image_encoder).url).name
-        fetched.touch()
-        words = f"-n pretrain VENV= WEIGHTS={tmp_path} PRESET={preset}"
-        assert f'--image_weights "{fetched}"' in make(words).stdout
-        assert "--image_weights" not in make(f"{words} IMAGE_ENCODER=another").stdout
-    places = f"COCO={tmp_path} MVSA={tmp_path} OUT={tmp_path} PY={tmp_path}/python"
-    assert "preset small" in make(f"check-preset {places}").stdout  # both there: the paper's run
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\ncase "$*" in *$FAIL*) exit 1;; esac\n')
-    (tmp_path / "python").chmod(0o755)  # it only says what it is asked for, and fails at FAIL
-    for preset, fail, touched, expected in (
-            ("toy", "grouped", "checkpoint.pt", "--resume --eval standard grouped"),
-            ("toy", "nothing", "eval.json", "--resume standard grouped authors"),
-            ("toy", "nothing", "checkpoint.pt", "--resume --eval standard grouped authors"),
-            ("tiny", "nothing", "eval.json", "--resume standard")):
-        (tmp_path / touched).touch()
-        done = make(f"reproduce VENV= PRESET={preset} FAIL={fail} {places}")
-        assert re.findall("--resume|--eval|standard|grouped|authors", done.stdout) == expected.split()
-        assert done.returncode == (2 if fail == "grouped" else 0)
+    assert "--preset small" in make("-n pretrain COCO=/ MVSA=/nowhere VENV=").stdout
+    for images, limit in (("DEVICE=cpu", "10000"), ("IMAGES=7", "7"), ("IMAGES=all", "0")):
+        assert f"--images {limit}\n" in make(f"-n coco VENV= {images}").stdout
+    commands = make("-n reproduce VENV= PRESET=toy").stdout
+    assert '[ "out/toy/eval.json" -nt "out/toy/checkpoint.pt" ] || "python3" pretrain.py' in commands
+    assert commands.count(" && ") == 3  # the first protocol that fails is the last
 
 
-BAD = {  # a command and, after <, what its data file holds: words of the message
+BAD = {  # a command: words of the message
     **{f"{{train}} {option}": f"argument {option.split()[0]}" for option in (
-        "--lr -1", "--lr 0", "--lr inf", "--lr nan", "--momentum 2", "--momentum nan", "--clip 0",
-        "--epochs many", "--batch_size 0", "--batch_size 1.5", "--accumulate 0", "--held_out -1", "--seed -1",
-        "--workers 0", "--log_every 0", "--target text", "--dtype float64")},
+        "--lr 0", "--lr inf", "--lr nan", "--momentum 2", "--clip 0", "--epochs many", "--batch_size 0",
+        "--batch_size 1.5", "--accumulate 0", "--held_out -1", "--seed -1", "--workers 0", "--log_every 0",
+        "--target text", "--dtype float64")},
     "{train} --batch_size 33 --accumulate 1": "--batch_size 33 32 images",
-    "{train} --sigreg 1": "--vicreg and --sigreg need the whole batch --accumulate 1",
+    "{train} --sigreg 1": "--sigreg needs the whole batch --accumulate 1",
     "{train} --accumulate 3": "--batch_size 16 --accumulate x processes (3 x 1)",
     "{train} --held_out 1": "--held_out 1 at least 2",
-    "{train} --held_out 40": "--held_out 40 of 40 readable images",
-    "{train} --epoch 3": "unrecognized arguments: --epoch",
     "{train} --bench --max_images 1": "--bench more images than --held_out",
-    "{train} --eval a --image b --captions caf\udce9": "--captions encoding",
-    "{train} --device cuda": "--device cuda --device auto",
     "{train} --image_encoder vit_tiny_patch16_224": "vit_tiny_patch16_224 --image_weights",
-    "{train} --text_encoder some/bert": "some/bert --text_encoder PATH",
-    "{train} --image_encoder vit_tiny_patch16_224 --image_weights a.txt": "--image_weights /a.txt vit_tiny",
-    "{train} --out a.txt": "--out a.txt",
-    "{train} --out /proc/x/y": "/proc/x cannot be written --out",
-    "{train} --cache a.txt/cache": "--cache a.txt/cache",
-    "{train} --captions red --eval checkpoint.pt": "--image --captions",
-    "{train} --captions red --eval checkpoint.pt --image a.txt": "--image a.txt",
-    "pretrain.py --coco {x} < {": "{x}/annotations/captions_train2017.json not a COCO caption file",
-    'pretrain.py --coco {x} < {"images": [], "annotations": []}': "{x}/train2017 no image has a caption",
-    "finetune_mvsa.py --mvsa {x} < ID\ttext\n": "{x}/labelResultAll.txt first line",
-    "finetune_mvsa.py --mvsa {x} < \udcff": "labelResultAll.txt not the label file",
-    "{judge} --mvsa {x} < GOOD": "no image of MVSA-Single {x} can be read",
-    "{judge} --mvsa {x} < ID\ttext,image\n2\tneutral,neutral": "{x} 1 text or image file missing",
-    "{judge} --mvsa {x} < GOOD2\tgood,neutral": "line 3 positive neutral",
-    "{judge} --mvsa {x} < GOOD1\tneutral,neutral": "line 3 id 1 second time",
-    "{judge} --text_encoder {x}/none": "{x}/none",
-    "{judge} --split {x}": "--split {x} train.json",
+    "{train} --text_encoder some/bert": "--text_encoder some/bert f_T",
+    "{train} --out a.txt": "a.txt cannot be written --out",
+    "{train} --cache a.txt/cache": "a.txt cannot be written --cache",
+    "{train} --captions red --eval checkpoint.pt --image a.txt": "a.txt cannot be read as an image",
+    "{judge} --mvsa .": "no image of MVSA-Single in data can be read",
+    "{judge} --device gpu": "--device gpu --device auto",
+    "{judge} --split .": "--split . train.json",
     "{judge} --protocol grouped --split x": "--split standard protocol",
-    "{judge} --protocol authors --mvsa {toy}/mvsa/MVSA_Single": "pools both sets",
+    "{judge} --protocol authors --mvsa .": "pools both sets",
     "finetune_mvsa.py --seeds 0 0": "--seeds 0 0 twice",
-    "finetune_mvsa.py --ablate {x}": "--ablate {x} make ablate",
-    "data.py check --coco {x}/none --mvsa {x}/none": "{x}/none/train2017 make coco mcrlab kaggle"}
+    "finetune_mvsa.py --ablate .": "--ablate . make ablate",
+    "data.py check --coco none --mvsa none": "none/train2017 make coco mcrlab Kaggle"}
 
 
 @pytest.mark.parametrize("command", BAD)
-def test_bad_input_gets_a_sentence_and_exit_code_2(command, toy, pretrained, tmp_path, monkeypatch):
-    command_line, _, content = command.partition(" < ")
-    held = content.replace("GOOD", "ID\ttext,image\n1\tpositive,positive\n")
-    for name in ("a.txt", "train2017/1.jpg", CAPTIONS, "labelResultAll.txt", "data/1.jpg", "data/1.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(held, errors="surrogateescape")
-    (tmp_path / "checkpoint.pt").symlink_to(pretrained.checkpoint)
+def test_bad_input_gets_a_sentence_and_exit_code_2(
+        command, toy, pretrained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in ("a.txt", "data/1.jpg", "data/1.txt"):
+        Path(name).touch()
+    Path("labelResultAll.txt").write_text("ID\ttext,image\n1\tpositive,positive\n")
+    Path("checkpoint.pt").symlink_to(pretrained.checkpoint)
     train = " ".join(map(str, ("pretrain.py", *pretrained.options, "--out out")))
     judge = f"finetune_mvsa.py --checkpoint checkpoint.pt --mvsa {toy}/mvsa --out out --cache cache"
-    script, *options = command_line.format(x=tmp_path, toy=toy, train=train, judge=judge).split()
-    said = call(sys.modules[script.removesuffix(".py")], *options, code=2).err
-    said = " ".join(said.split()).lower()
+    monkeypatch.setattr(sys, "argv", command.format(train=train, judge=judge).split())
+    with pytest.raises(SystemExit, match="2"):  # as a user types it
+        runpy.run_path(str(HERE / sys.argv[0]), run_name="__main__")
+    said = " ".join(capsys.readouterr().err.split())
     assert "error:" in said and not Path("out", "checkpoint.pt").exists()
-    assert all(word in said for word in BAD[command].format(x=tmp_path).lower().split()), said
-
-
-def test_a_script_says_what_is_missing_in_a_process_of_its_own(tmp_path):
-    done = execute(sys.executable, HERE / "finetune_mvsa.py", "--mvsa", "/nowhere", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: MVSA not found: looked for /nowhere")
+    assert all(word in said for word in BAD[command].split()), said
