@@ -1875,7 +1875,7 @@ BAD = {  # a command: words of the message
         "--target text", "--dtype float64")},
     "{train} --batch_size 33 --accumulate 1": "--batch_size 33 32 images",
     "{train} --sigreg 1": "--sigreg needs the whole batch --accumulate 1",
-    "{train} --accumulate 3": "--batch_size 16 --accumulate x processes (3 x 1)",
+    "{train} --accumulate 3": "--batch_size 16 --accumulate x processes",
     "{train} --held_out 1": "--held_out 1 at least 2",
     "{train} --bench --max_images 1": "--bench more images than --held_out",
     "{train} --image_encoder vit_tiny_patch16_224": "vit_tiny_patch16_224 --image_weights",
@@ -1890,7 +1890,8 @@ BAD = {  # a command: words of the message
     "{judge} --protocol authors --mvsa .": "pools both sets",
     "finetune_mvsa.py --seeds 0 0": "--seeds 0 0 twice",
     "finetune_mvsa.py --ablate .": "--ablate . make ablate",
-    "data.py check --coco none --mvsa none": "none/train2017 make coco mcrlab Kaggle"}
+    "data.py check --coco none --mvsa none": "none/train2017 make coco",
+    "data.py check --coco {coco} --mvsa none": "none/labelResultAll.txt mcrlab Kaggle"}
 
 
 @pytest.mark.parametrize("command", BAD)
@@ -1904,7 +1905,7 @@ def test_bad_input_gets_a_sentence_and_exit_code_2(
     Path("checkpoint.pt").symlink_to(pretrained.checkpoint)
     train = " ".join(map(str, ("pretrain.py", *pretrained.options, "--out out")))
     judge = f"finetune_mvsa.py --checkpoint checkpoint.pt --mvsa {toy}/mvsa --out out --cache cache"
-    monkeypatch.setattr(sys, "argv", command.format(train=train, judge=judge).split())
+    monkeypatch.setattr(sys, "argv", command.format(train=train, judge=judge, coco=toy / "coco").split())
     with pytest.raises(SystemExit, match="2"):  # as a user types it
         runpy.run_path(str(HERE / sys.argv[0]), run_name="__main__")
     said = " ".join(capsys.readouterr().err.split())
