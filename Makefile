@@ -73,7 +73,7 @@ ablate: packages ## what collapses and what does not: six variants x 3 seeds on 
 
 variant_of = $(word 1,$(subst -, ,$*))
 seed_of = $(word 2,$(subst -, ,$*))
-out/ablate/%/results.json: Makefile $(wildcard *.py)
+out/ablate/%/results.json: Makefile model.py data.py pretrain.py finetune_mvsa.py
 	@mkdir -p $(@D)
 	@$(TRAIN) --coco "$(TOY)/coco" --out $(@D) --seed $(seed_of) $($(variant_of)) > $(@D)/log.txt 2>&1
 	@$(EVAL) $(@D)/checkpoint.pt --coco "$(TOY)/coco" >> $(@D)/log.txt 2>&1
