@@ -516,6 +516,9 @@ def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, 
         monkeypatch.setattr(Image, "open", Mock(side_effect=error("of a decoder")))
         with pytest.raises(UserError, match="a cannot be read as an image: .*of a decoder"):
             data.read_image(cut, encoded.net.image_encoder)
+    for error, code in ((MemoryError, 2), (KeyboardInterrupt, 130)):  # are not the picture's fault
+        monkeypatch.setattr(Image, "open", Mock(side_effect=error))
+        assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == code
 
 
 def things_in(path):
@@ -888,8 +891,8 @@ def test_duplicate_groups_join_posts_of_the_same_words_or_image(tmp_path):
         [("words", 2), ("image", 7)], [("image", 8), ("words", 8)]]
 
 
-LABEL_ROWS = [("ID", "\ttext,image"), ("", ""), ("0", "\tpositive ,Neutral"), ("1", "\tneutral,NEGATIVE"),
-              ("2", "\tnegative, positive"), ("", "")]
+LABEL_ROWS = [("ID", "\ttext,image"), ("", ""), ("0", "\tnegative, positive"), ("1", "\tneutral,NEGATIVE"),
+              ("2", "\tpositive ,Neutral"), ("", "")]
 GOOD_LABELS = [newline.join(first + n * pair for first, pair in LABEL_ROWS).encode(code)
                for n in (1, 3) for newline in ("\n", "\r\n", "\r") for code in ("utf-8", "utf-8-sig")]
 GOOD_CAPTIONS = [caption_file([(i, f"{i}.jpg") for i in range(3)], [(i, "red bars") for i in range(3)])]
@@ -904,7 +907,7 @@ def check_labels(content):
     columns, word = {"single": 1, "multi": 3}[kind], r"\s*(?:positive|neutral|negative)\s*"
     line = re.compile(rf"\s*(\S(?:[^\t]*\S)?)\s*" + rf"\t{word},{word}" * columns, re.IGNORECASE)
     assert header.count("\t") == columns
-    assert sorted(line.fullmatch(each)[1] for each in lines) == sorted([*labels, *skipped])
+    assert sorted(line.fullmatch(each)[1] for each in lines) == sorted({*labels, *skipped})
 
 
 def check_captions(content):
