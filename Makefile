@@ -8,7 +8,7 @@ $(if $(word 2,$(VENV)),$(error VENV cannot have a space in it))
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON3))
 COCO := data/coco
 MVSA := data/mvsa
-# The paper's run where its data are, else the toy. Any PRESET on the command line wins.
+# `small` where the data are, else the toy. Any PRESET on the command line wins.
 PRESET := $(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(MAKECMDGOALS)" = pretrain ] && echo small || echo toy)
 OUT := out/$(PRESET)
 # Passed on to both scripts: DEVICE=cpu, DTYPE=bfloat16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, CACHE=DIR. To pretrain.py:
@@ -20,7 +20,7 @@ IS_TOY := $(filter toy,$(PRESET))
 RUN_COCO := $(if $(IS_TOY),$(TOY)/coco,$(COCO))
 RUN_MVSA := $(if $(IS_TOY),$(TOY)/mvsa,$(MVSA))
 CACHE := $(if $(IS_TOY),$(TOY)/cache,data/cache)
-# The first table has all modes and SPLIT; the other protocols, on the toy or by PROTOCOLS="standard grouped", the probes.
+# The standard protocol has all modes and SPLIT; the others, on the toy or by PROTOCOLS="standard grouped", the probes.
 PROTOCOLS := $(if $(IS_TOY),standard grouped authors,standard)
 options_of = $(if $(filter standard,$(1)),$(if $(SPLIT),--split "$(SPLIT)"),--mode probe)
 ENCODERS := $(if $(IMAGE_WEIGHTS),--image_weights "$(IMAGE_WEIGHTS)") $(if $(TEXT_ENCODER),--text_encoder "$(TEXT_ENCODER)")
@@ -43,7 +43,7 @@ reproduce: check-preset packages ## pretrain and evaluate, [PRESET=toy|tiny|smal
 	@$(foreach protocol,$(PROTOCOLS),$(JUDGE) --checkpoint "$(OUT)/checkpoint.pt" --mvsa "$(RUN_MVSA)" --out "$(OUT)" \
 		--protocol $(protocol) $(call options_of,$(protocol)) &&) true
 
-pretrain: check-preset packages ## pretrain only, without MVSA [PRESET=tiny COCO=DIR]
+pretrain: check-preset packages ## pretrain and measure the energies, without MVSA [PRESET=tiny COCO=DIR]
 	@$(if $(IS_TOY),"$(PY)" data.py toy "$(TOY)")
 	@$(TRAIN) --preset $(PRESET) --coco "$(RUN_COCO)" --out "$(OUT)"
 	@$(EVAL) "$(OUT)/checkpoint.pt" --coco "$(RUN_COCO)"

@@ -162,7 +162,7 @@ class FeatureCache:
         note = f"; {cut} have {longest} tokens or more: f_T reads {longest}" if cut else ""
         print(f"features: {self.folder}, {len(items)} images ({len(self.unreadable)} unreadable), "
               f"{len(texts)} texts{note}")
-        self.on_device = {}  # all features, if they leave half of the GPU's memory for training
+        self.on_device = {}  # all features, if they take at most half of the GPU's free memory
         if net.device.type == "cuda" and 2 * sum(sizes.values()) < torch.cuda.mem_get_info(net.device)[0]:
             self.on_device = {name: torch.tensor(self.map(name), device=net.device) for name in self.shapes}
 
@@ -398,8 +398,8 @@ def duplicate_groups(posts):
 
 # A picture is four things on grey, two above two, each of one of 3 colours in one of 3 patterns, all equally
 # likely: only the caption, which names the four in reading order, tells a masked one. A colour has 12 words,
-# whose meaning is seen only beside pictures, and a mood: a post's picture has that of most of its things, its
-# text that of the thing it names first, which is another. The label, by MVSA's rules, needs both.
+# whose meaning is seen only beside pictures, and a mood. A post's picture has the mood of most of its things,
+# its text that of the thing it names first, drawn independently. The label, by MVSA's rules, needs both.
 
 COLOURS = (  # in the order of LABELS: the moods
     ((60, 200, 60), "green lime olive emerald jade moss fern mint sage pine grass forest".split()),

@@ -357,7 +357,7 @@ def markdown(*rows):
 
 def make_table(results, config, args, start_share):
     """The results -> Markdown: each set's scores, differences and confusion matrix, or why there are none."""
-    over = "untrained weights; published split" if args.split else "split and untrained weights"
+    over = "untrained weights and fine-tuning; " + ("published split" if args.split else "each its own split")
     parts = ["# TI-JEPA on MVSA",
              f"f_I {config.image_encoder}, f_T {config.text_encoder}, checkpoint {args.checkpoint}, protocol "
              f"{args.protocol}. Mean ± standard deviation in % over {len(args.seeds)} seeds, which decide "

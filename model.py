@@ -1,4 +1,4 @@
-"""TI-JEPA (arXiv 2503.06380): the model, its masks, its energy. The only files read here are weights.
+"""TI-JEPA (arXiv 2503.06380): the model, its masks, its energy. Reads weights, tokenizers, checkpoints.
 
 Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a block, C context patches)
 
@@ -502,8 +502,9 @@ class TextEncoder(nn.Module):
             config = self.bert.config
             if config.is_encoder_decoder or self.tokenizer.pad_token is None:
                 raise ValueError("it has a decoder, or no padding token")
-            self.dim = config.hidden_size  # 128 tokens are a tweet of 140 characters or a COCO caption
-            self.max_tokens = min(128, self.tokenizer.model_max_length, config.max_position_embeddings)
+            self.dim = config.hidden_size
+            limits = self.tokenizer.model_max_length, config.max_position_embeddings
+            self.max_tokens = min(128, *limits)  # 128: a tweet of 140 characters or a COCO caption fits
         self.bert.requires_grad_(False).eval()
 
     def fingerprint(self):

@@ -91,11 +91,11 @@ def parse_args(argv=None):
     parser.epilog = f"Defaults shown: preset {preset}. With --eval, what is empty is as in the checkpoint."
     add, config, number = parser.add_argument, model.PRESETS[preset], data.number
     add("--coco", default="", help="folder of COCO 2017 (empty: data/coco)")
-    add("--out", default="", help=f"folder to write to (empty: out/{preset})")
+    add("--out", default="", help=f"folder to write to (empty: out/{preset}, or the checkpoint's)")
     add("--image_encoder", default=config.image_encoder, help="timm name of f_I")
     add("--image_weights", default="", help="weight file of f_I (empty: timm's own)")
     add("--text_encoder", default="", help=f"f_T by name or folder (empty: {config.text_encoder})")
-    add("--loss", choices=("mse", "smooth_l1"), default=config.loss, help="error that is the energy")
+    add("--loss", choices=model.LOSSES, default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens or f_I's")
     add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
     add("--shuffle_captions", action="store_true", help="control: train with other images' captions")
@@ -293,7 +293,7 @@ def held_out_metrics(net, features):
     """The held-out part of a log line; see the top of this file."""
     n = len(features.s_image)
     energy, _, target, prediction, _ = net.measure(features)
-    mismatched = net.measure(features.pair(slice(None), [i - 1 for i in range(n)])).energy  # for X and X~
+    mismatched = net.measure(features.pair(slice(None), [i - 1 for i in range(n)])).energy
     # One draw of masks for all: [:, m, p] is the same patch in each. An image's own target is left out.
     others = (target.sum(0) - target) / (n - 1)
     metrics = dict(energy_matched=energy.mean(), energy_mismatched=mismatched.mean(),
@@ -316,7 +316,7 @@ def energy_maps(net, features, least=8):
     B, N = features.s_image.shape[:2]
     total, count, draw = torch.zeros(B, N), torch.zeros(N), 0
     while count.min() < least:
-        hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]
+        hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]: of the next line
         energies = net.measure(features, draw).patch_energy.flatten(1)  # [B, M * P]
         total.index_add_(1, hidden, energies.float().cpu())
         count += torch.bincount(hidden, minlength=N)
@@ -359,8 +359,9 @@ def evaluate(args):
     figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
                **held_out_metrics(net, features)}
     plot_energies(energies, folder / "energies.png")
-    paths, texts = zip(*[items[i] for i in cache.readable[:4]])
-    pictures, captions = [data.read_image(path, net.image_encoder) for path in paths], [t[0] for t in texts]
+    first = [items[i] for i in cache.readable[:4]]
+    pictures = [data.read_image(path, net.image_encoder) for path, _ in first]
+    captions = [texts[0] for _, texts in first]
     plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
     n = len(pictures)
     images = [i for i in range(n) for _ in (0, 1)]
@@ -468,7 +469,7 @@ def catch_signals():
 # ---- --bench: how long will it take here? ----
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
-TOKENS = 24  # of a caption, padded to the longest of its batch
+TOKENS = 24  # of a caption, padded to the longest of its batch (on the disk about half)
 PARTS = ("masks", "forward", "backward", "optimiser", "EMA")  # of a step
 
 
