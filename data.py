@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
 from urllib.request import urlopen
-from zipfile import ZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -520,8 +520,11 @@ def fetch_coco(root, images):
 
     with locked(root):
         if not (root / CAPTIONS).is_file():
-            archive = ZipFile(BytesIO(fetch(f"{COCO_URL}/annotations/annotations_trainval2017.zip")))
-            atomic_write(root / CAPTIONS, archive.read(CAPTIONS))
+            url = f"{COCO_URL}/annotations/annotations_trainval2017.zip"
+            try:
+                atomic_write(root / CAPTIONS, ZipFile(BytesIO(fetch(url))).read(CAPTIONS))
+            except (BadZipFile, KeyError) as error:  # such as the page of a network that asks for a login
+                raise UserError(f"{url} is no zip file with {CAPTIONS}: {error}") from error
         files, captions = parse_captions((root / CAPTIONS).read_bytes(), root / CAPTIONS)
         names = [Path(name).name for image, name in sorted(files.items()) if image in captions]
         paths = [root / "train2017" / name for name in names[:images or None]]
@@ -563,9 +566,12 @@ def locked(folder, wait=False):
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run writes to {folder}: wait, or name another folder") from None
+            if not wait:
+                raise UserError(f"another run writes to {folder}: wait, or name another folder") from None
+            print(f"waiting for another process that is writing to {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
