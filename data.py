@@ -357,8 +357,11 @@ def clmlf_split(folder, posts):
         raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind}, found {len(homes)}")
     index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
     for name in ("train.json", "dev.json", "test.json"):
-        entries = json.loads((homes[0] / name).read_bytes())
-        listed = [(str(entry["id"]), entry["emotion_label"]) for entry in entries]
+        try:
+            entries = json.loads((homes[0] / name).read_bytes())
+            listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"--split {homes[0] / name} is no list of id, emotion_label: {error!r}") from error
         known = [(index[post], label) for post, label in listed if post in index]
         notes["listed, but not among the posts"] += len(listed) - len(known)
         notes["labelled otherwise there"] += sum(posts[i].label != label for i, label in known)

@@ -310,7 +310,7 @@ def judge(net, loaded, results, lines, args):
         rows = {}
         with suppress(OSError, ValueError):  # not there, or damaged
             rows = json.loads(path.read_bytes())
-        if rows.get("made_from") != made_from:
+        if not isinstance(rows, dict) or rows.get("made_from") != made_from:
             features = features or extract_features(net, cache, args.seeds)
             rows = predict_rows(net, cache, features, labels, split, seed, probes[hashes[seed]], args)
             data.write_json(path, {"made_from": made_from, **rows})

@@ -496,7 +496,8 @@ class TextEncoder(nn.Module):
                 self.tokenizer = AutoTokenizer.from_pretrained(name)
                 options = dict(dtype=torch.float32, output_loading_info=True)  # some are stored in 16 bits
                 self.bert, info = AutoModel.from_pretrained(name, **options)
-                missing = [key for key in info["missing_keys"] if "pooler" not in key]  # it works above s_T
+                self.bert.pooler = None  # above s_T; where a folder has none it would be random
+                missing = [key for key in info["missing_keys"] if "pooler" not in key]
                 if missing:
                     raise ValueError(f"it lacks the weights {missing}")
             config = self.bert.config

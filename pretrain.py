@@ -191,6 +191,8 @@ def main(args):
             scaler.load_state_dict(saved["scaler"])
         first_step, log, start_share, running = (saved[k] for k in ("step", "log", "start_share", "running"))
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
+    elif path.exists():
+        print(f"pretrain: starts anew and will replace {path}; --resume would continue it")
     running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
     def draws():
@@ -271,7 +273,7 @@ def main(args):
                     data.atomic_write(path, file.getbuffer())
                     write_log(path, log)
             if stop and done < steps:
-                print(f"pretrain: stopped after step {done} of {steps}; --resume continues from there")
+                tqdm.write(f"pretrain: stopped after step {done} of {steps}; --resume continues from there")
                 return 128 + stop
     if rank == 0:
         write_log(path, log)  # after a kill it may lack the last line of the checkpoint
@@ -591,7 +593,7 @@ def plot_masks(pictures, captions, grid, path):
     for draw, (picture, caption, axes) in enumerate(zip(pictures, captions, rows)):
         masks = model.sample_masks(grid, 1, seed=draw)
         for axis, title in zip(axes, (caption, "context: what X sees", "target blocks: what is predicted")):
-            show(axis, picture.permute(1, 2, 0), title, grid)
+            show(axis, picture.permute(1, 2, 0).numpy(), title, grid)
         dark = np.full(math.prod(grid), 0.85)
         dark[masks.context[0]] = 0
         axes[1].imshow(np.zeros(grid), "gray", alpha=dark.reshape(grid), extent=(0, grid[1], grid[0], 0))
@@ -608,7 +610,7 @@ def plot_maps(net, pictures, features, titles, path):
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
     for axes, picture, pair, captions in zip(rows, pictures, maps, np.reshape(titles, (-1, 2))):
-        show(axes[0], picture.permute(1, 2, 0), "picture", net.grid)
+        show(axes[0], picture.permute(1, 2, 0).numpy(), "picture", net.grid)
         for axis, energies, caption in zip(axes[1:], pair, captions):
             show(axis, energies, caption, net.grid, vmin=0, vmax=pair.max())
         gap = pair[1] - pair[0]

@@ -3,7 +3,6 @@ import contextlib
 import csv
 import errno
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -36,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, classification_report, confusion_matrix
+from sklearn.metrics import classification_report, confusion_matrix
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoConfig, AutoModel
 
@@ -304,8 +303,7 @@ def save_text_encoder(folder, words=WORDS, file="config.json", **edit):
     """The toy's f_T as a folder from the hub, with an edit of one of its files."""
     tokenizer, bert = model.toy_bert(words)
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    AutoModel.from_config(bert.config).save_pretrained(folder)  # with its pooler
+    bert.save_pretrained(folder)  # without a pooler, which AutoModel would make up
     (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **edit}))
 
 
@@ -875,6 +873,10 @@ def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
     for folder, given in ((root, odd), (tmp_path / "twice", posts), (root / "MVSA-multiple", posts)):
         with pytest.raises(UserError, match="is not a split of MVSA-single"):
             data.clmlf_split(folder, given)
+    for content in ('[{"id":', "[3]", '[{"id": "1"}]', "7"):
+        (tmp_path / "twice" / "dev.json").write_text(content)
+        with pytest.raises(UserError, match="dev.json is no list of id, emotion_label"):
+            data.clmlf_split(tmp_path / "twice", posts)
     shutil.copytree(root / "MVSA-Single", root / "single too")
     with pytest.raises(UserError, match="looked for one train.json of MVSA-single,.* found 2"):
         data.clmlf_split(root, posts)
@@ -1221,6 +1223,40 @@ def test_half_precision_steps_as_single_does(narrow, pretrained, forwards, tmp_p
     for half in halves:
         for n, (value, expected) in enumerate(zip(half, single, strict=True)):
             assert value == pytest.approx(expected, rel=(0.02, 0.1)[n % 2]) and value != expected
+
+
+def test_frozen_encoders_run_in_half_precision(net, images):
+    single = net.frozen_features(images, TEXTS)
+    net.dtype = torch.bfloat16
+    for half, exact in zip(net.frozen_features(images, TEXTS)[:2], single):
+        assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), exact, atol=0.1)
+        assert (half != exact.bfloat16()).float().mean() > 0.03  # not only rounded at the end
+
+
+class Elsewhere(torch.utils._python_dispatch.TorchDispatchMode):
+    """The device "meta" stands for a GPU: no operation has tensors on both, and what is read back is 0."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        devices = {x.device.type for x in tensors if x.ndim or x.is_meta}  # a number may lie on the CPU
+        assert len(devices) < 2, f"{function} with tensors on more than one device"
+        if devices == {"meta"} and function is aten._local_scalar_dense.default:
+            return 0
+        if devices == {"meta"} and function is aten._to_copy.default and str(kwargs.get("device")) == "cpu":
+            return torch.zeros_like(args[0], device="cpu", dtype=kwargs.get("dtype"))
+        return function(*args, **kwargs)
+
+
+def test_a_run_leaves_no_tensor_on_the_cpu(pretrained, images, tmp_path, monkeypatch):
+    encoders = torch.load(pretrained.checkpoint)["encoders"]
+    monkeypatch.setattr(model.TIJEPA, "fingerprint", lambda net: encoders)  # so that the cache is there
+    monkeypatch.setattr(model, "pick_device", lambda name: torch.device("meta"))
+    with Elsewhere():
+        train(pretrained, tmp_path, "--epochs", 1)
+        net = model.TIJEPA.from_checkpoint(pretrained.checkpoint)[0].to("meta")
+        features = net.frozen_features(images, TEXTS)
+        assert all(tensor.is_meta for tensor in (*features, *net.encode(images, TEXTS)))
+        assert pretrain.energy_matrix(net, features, draws=2).shape == (3, 3)
 
 
 def test_eval_command_measures_as_the_log_and_draws_four_pictures(pretrained):
@@ -1734,6 +1770,7 @@ BETWEEN = {  # what changes between two runs: (how, options of the second, seeds
        for name in ("context_encoder", "target_encoder")},
     "another seed's file": (lambda root: shutil.copy(root / SEED(1), root / SEED(0)), "", [0]),
     "a file is cut off": (lambda root: os.truncate(root / SEED(1), 999), "", [1]),
+    "a file is a list": (lambda root: (root / SEED(0)).write_text("[]"), "", [0]),
     "Ctrl-C in the last of three": (lambda root: judge_mvsa(
         root, "--split", root / "single", "--seeds", 0, 1, 2, code=130), "--seeds 2 0 1", [2, 2]),
     "time and place": (lambda root: [os.utime(path) for path in root.rglob("*")], "", [])}
