@@ -361,7 +361,7 @@ def clmlf_split(folder, posts):
             entries = json.loads((homes[0] / name).read_bytes())
             listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"--split {homes[0] / name} is no list of id, emotion_label: {error!r}") from error
+            raise UserError(f"{homes[0] / name} is no list of id, emotion_label: {error!r}") from error
         known = [(index[post], label) for post, label in listed if post in index]
         notes["listed, but not among the posts"] += len(listed) - len(known)
         notes["labelled otherwise there"] += sum(posts[i].label != label for i, label in known)
