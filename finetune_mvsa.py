@@ -69,12 +69,8 @@ def parse_args(argv=None):
     add("--ablate", default="", metavar="DIR", help="only make a table of the runs in DIR/<variant>-<seed>")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
-    add("--workers", **number(int, 1), default=2, help="threads that read and decode images")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
-    args = parser.parse_args(argv)
-    if len(set(args.seeds)) < len(args.seeds):
-        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: a seed that is there twice is one")
-    return args
+    return parser.parse_args(argv)
 
 
 # ---- Posts -> features and splits ----
@@ -289,7 +285,7 @@ def judge(net, loaded, results, lines, args):
     results.json} and the `lines` of predictions.csv. A seed's predictions in OUT/predictions are reused if
     they were made from the same."""
     posts = [post for of_set, _ in loaded.values() for post in of_set]
-    cache = data.FeatureCache(args.cache, [(post.image, [post.text]) for post in posts], net, args.workers)
+    cache = data.FeatureCache(args.cache, [(post.image, [post.text]) for post in posts], net)
     for i in cache.unreadable:
         loaded[posts[i].set][1]["unreadable image"] += 1
     if not len(cache.readable):
@@ -360,21 +356,17 @@ def make_table(results, config, args, start_share):
     over = "untrained weights and fine-tuning; " + ("published split" if args.split else "each its own split")
     parts = ["# TI-JEPA on MVSA",
              f"f_I {config.image_encoder}, f_T {config.text_encoder}, checkpoint {args.checkpoint}, protocol "
-             f"{args.protocol}. Mean ± standard deviation in % over {len(args.seeds)} seeds, which decide "
-             f"{over}; one pretrained checkpoint. {start_share:.2%} of X~ is still its random start."]
+             f"{args.protocol}. Mean ± standard deviation in % over {len(set(args.seeds))} seeds, which "
+             f"decide {over}; one pretrained checkpoint. {start_share:.2%} of X~ is still its random start."]
     if config.image_encoder == "toy":
         parts.append("**Toy data and toy encoders: not the paper's numbers, and not comparable to them.**")
-    for kind, name in NAMES.items():
-        parts.append(f"## {name}")
-        if kind not in results:
-            parts.append(f"Not measured: no {name} in {args.mvsa}.")
-            continue
-        result = results[kind]
+    for kind, result in results.items():
         last_row, last = list(result["scores"].items())[-1]
         pool = " of the pool, upsampled" if args.protocol == "authors" else ""
         notes = "".join(f"; {count} {what}" for what, count in result["split_notes"].items())
-        parts.append(f"{name}: {result['posts']} posts, skipped: {data.describe(result['skipped'])}; train, "
-                     f"validation, test {result['split_sizes']}{pool}{notes}")
+        skipped = data.describe(result["skipped"])
+        parts += [f"## {NAMES[kind]}", f"{result['posts']} posts, skipped: {skipped}; train, validation, test "
+                                       f"{result['split_sizes']}{pool}{notes}"]
         columns = [key for key in last if key != "confusion"]
         table = [(row, *(mean_std(one[key]) for key in columns)) for row, one in result["scores"].items()]
         reported = "TI-JEPA-Large, *reported* in the paper, not measured here", *REPORTED[kind]
@@ -400,8 +392,6 @@ def ablation_table(folder):
         out, variant = path.parent, path.parent.name.rpartition("-")[0]
         last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         evaluated, judged = (json.loads((out / name).read_text()) for name in ("eval.json", "results.json"))
-        if not last["step"] == evaluated["step"] == judged["step"]:
-            raise UserError(f"the files of {out} are of different steps: remove it, and run `make ablate`")
         evaluated["loss"] = last["loss"]
         for name in measured:
             table[variant][name].append(evaluated[name])
@@ -451,7 +441,7 @@ def main(args):
             row, scores = list(result["scores"].items())[-1]
             matrix = metrics.ConfusionMatrixDisplay(np.array(scores["confusion"]), display_labels=data.LABELS)
             matrix.plot(ax=axis, cmap="Blues", colorbar=False).ax_.set_title(NAMES[kind])
-        figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)
+        figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(set(args.seeds))} seeds", fontsize=9)
         figure.savefig(path.with_name(f"confusion{ending}.png"), dpi=100)
         git = "git describe --always --exclude='*' --abbrev=40 --dirty=+ || echo none"  # +: changed since
         code = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -467,7 +457,7 @@ def main(args):
 
 def run(argv=None):
     """The command line -> exit code, see data.run_command."""
-    return data.run_command(lambda: main(parse_args(argv)), "the number of --workers")
+    return data.run_command(lambda: main(parse_args(argv)), "the number of other programs")
 
 
 if __name__ == "__main__":

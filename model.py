@@ -24,7 +24,6 @@ import json
 import math
 import pickle
 import re
-import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -69,8 +68,7 @@ PRESETS = {
     "medium": Config(JEPA_14, GTE_BASE, 768, 6, 12),
     "large": Config(JEPA_16, GTE_LARGE, 1024, 8, 16),
 }
-# D_T and number of weights of each f_T
-TEXT_SIZES = {"toy": (96, 0.2e6), MINI_LM: (384, 22.7e6), GTE_BASE: (768, 137e6), GTE_LARGE: (1024, 434e6)}
+TEXT_DIMS = {"toy": 96, MINI_LM: 384, GTE_BASE: 768, GTE_LARGE: 1024}  # D_T of each f_T
 
 
 # ---- X, X~ and g ----
@@ -585,16 +583,10 @@ OUT_OF_MEMORY = "out of memory|allocate memory"  # torch's own words, on a GPU a
 
 
 def pick_device(name="auto"):
-    """"auto" (cuda, mps or cpu, the first there is) or torch's name. Raises UserError if it is not there, or
-    for an NVIDIA GPU that torch cannot use: a CPU would take weeks."""
-    if name == "auto":
+    """"auto" (cuda, mps or cpu, the first there is) or torch's name. Raises UserError if it is not there."""
+    if name == "auto":  # torch warns of a GPU whose driver is too old
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
-        driver = subprocess.getoutput(query) if name == "cpu" else ""  # a line for each GPU, or an error
-        if driver[:1].isdigit():
-            advice = "install a newer driver or an older torch, or run with --device cpu"
-            raise UserError(f"torch cannot use the NVIDIA GPU (driver {driver.split()[0]}): {advice}")
     with user_errors(f"--device {name} cannot be had", "try --device auto"):
         device = torch.device(name)
         torch.empty(0, device=device)
