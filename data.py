@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from io import BytesIO
@@ -125,13 +125,14 @@ ENCODE_BATCH = 32  # images, or texts, in one pass of f_I or f_T
 class FeatureCache:
     """The float16 features of `items` (path, texts), in a folder below `root`; encoded if they are not there.
     The folder is named by a hash of the encoders, the precision, and the contents of pictures and texts, read
-    at each start: a copy of the data needs no new cache, and other data never meet an old one.
+    at each start: a copy of the data needs no new cache, and other data never meet an old one. With `pixels`
+    it has the decoded pictures, too.
 
     `readable`, `unreadable`: indices of items whose picture can be decoded, or not. `digests`: hashes of the
     items. `first` [I + 1]: each item's first text. `offsets` [texts + 1]: each text's first token.
     """
 
-    def __init__(self, root, items, net):
+    def __init__(self, root, items, net, pixels=False):
         self.items, self.net = items, net
         with ThreadPoolExecutor() as pool:  # the inner hash says where a picture's bytes end
             self.digests = list(pool.map(lambda item: digest(digest(read_file(item[0])), item[1]), items))
@@ -143,13 +144,16 @@ class FeatureCache:
         self.encoders = net.fingerprint()  # with f_I's size, interpolation, mean and std
         self.key = digest([self.encoders, str(net.dtype), self.digests])
         self.folder = Path(root) / self.key
-        self.shapes = {"image.f16": (len(items), math.prod(net.grid), net.image_encoder.dim),
-                       "text.f16": (sum(tokens), net.text_encoder.dim)}  # all texts, one after another
-        sizes = {self.folder / name: 2 * math.prod(shape) for name, shape in self.shapes.items()}  # in bytes
+        self.shapes = {"image.float16": (len(items), math.prod(net.grid), net.image_encoder.dim),
+                       "text.float16": (sum(tokens), net.text_encoder.dim)}  # all texts, one after another
+        if pixels:
+            self.shapes["image.uint8"] = len(items), 3, *net.image_encoder.input_size
+        sizes = {self.folder / name: np.dtype(name.split(".")[1]).itemsize * math.prod(shape)  # in bytes
+                 for name, shape in self.shapes.items()}
         with locked(self.folder, wait=True):
             if any(not path.is_file() or path.stat().st_size != size for path, size in sizes.items()):
                 self.build(sizes)
-        readable = ~np.isnan(self.map("image.f16")[:, 0, 0])
+        readable = ~np.isnan(self.map("image.float16")[:, 0, 0])
         self.readable, self.unreadable = np.flatnonzero(readable), np.flatnonzero(~readable)
         longest = net.text_encoder.max_tokens
         cut = sum(length >= longest for length in tokens)
@@ -160,14 +164,15 @@ class FeatureCache:
     def build(self, sizes):
         """Encode all items into files of `sizes` {path: bytes}, which get their names when complete."""
         chunks = [self.items[n:n + ENCODE_BATCH] for n in range(0, len(self.items), ENCODE_BATCH)]
-        images, texts = map(replacing, sizes)
-        with images as image_file, texts as text_file, ThreadPoolExecutor() as pool:
+        with ExitStack() as stack:
+            files = [stack.enter_context(replacing(path)) for path in sizes]
+            pool = stack.enter_context(ThreadPoolExecutor())
             decoded = read_ahead(lambda chunk: list(pool.map(self.decode, chunk)), chunks)
             for chunk, pictures in zip(tqdm(chunks, "encode", unit=f" x {ENCODE_BATCH} images"), decoded):
-                s_image, s_text = self.encode(pictures, [text for _, captions in chunk for text in captions])
-                image_file.write(s_image.numpy().tobytes())
-                text_file.write(s_text.numpy().tobytes())
-            assert [image_file.tell(), text_file.tell()] == [*sizes.values()]  # or rows are misplaced
+                texts = [text for _, captions in chunk for text in captions]
+                for file, rows in zip(files, self.encode(pictures, texts)):
+                    file.write(rows.numpy().tobytes())
+            assert [file.tell() for file in files] == [*sizes.values()]  # or rows are misplaced
 
     def decode(self, item):
         """An item's picture -> uint8 [3, H, W], or None if it is no image."""
@@ -177,21 +182,23 @@ class FeatureCache:
             print(f"skipped: {error}", file=sys.stderr)
 
     def encode(self, pictures, texts):
-        """Pictures, and all their texts -> float16 [B, N, D_I], NaN for no picture, and [tokens, D_T]"""
+        """Pictures, and all their texts -> a row for each file: float16 [B, N, D_I], NaN for no picture,
+        [tokens, D_T], and the pictures as they are"""
         readable = [i for i, picture in enumerate(pictures) if picture is not None]
-        s_image = torch.full((len(pictures), *self.shapes["image.f16"][1:]), np.nan, dtype=torch.float16)
+        none = torch.zeros(3, *self.net.image_encoder.input_size, dtype=torch.uint8)
+        images = torch.stack([none if picture is None else picture for picture in pictures])
+        s_image = torch.full((len(pictures), *self.shapes["image.float16"][1:]), np.nan, dtype=torch.float16)
         if readable:
-            images = torch.stack([pictures[i] for i in readable])
-            s_image[readable] = self.net.encode_images(images).cpu().half()
+            s_image[readable] = self.net.encode_images(images[readable]).cpu().half()
         parts = [texts[n:n + ENCODE_BATCH] for n in range(0, len(texts), ENCODE_BATCH)]
         s_text = torch.cat([states[mask].cpu().half() for states, mask in map(self.net.encode_texts, parts)])
         if not (s_image[readable].isfinite().all() and s_text.isfinite().all()):
             raise UserError("the features of --image_encoder or --text_encoder do not fit float16")
-        return s_image, s_text
+        return s_image, s_text, images
 
     def map(self, name):
         """A file as an array on the disk, opened each time: what is read of an open one fills memory."""
-        return np.memmap(self.folder / name, np.float16, "r", shape=self.shapes[name])
+        return np.memmap(self.folder / name, np.dtype(name.split(".")[1]), "r", shape=self.shapes[name])
 
     def rows(self, name, index):
         """Rows [*index.shape, ...] of a file."""
@@ -199,19 +206,29 @@ class FeatureCache:
         return rows.pin_memory() if self.net.device.type == "cuda" else rows
 
     def read(self, draw):
-        """Indices (images [B], texts [B]) -> s_image [B, N, D_I], s_text [B, L, D_T], text_mask [B, L]"""
+        """Indices (images [B], texts [B]) -> Features, on the CPU"""
         images, texts = draw
         start, end = self.offsets[texts][:, None], self.offsets[texts + 1][:, None]  # [B, 1]
         position = start + np.arange((end - start).max())  # [B, L]
         mask = position < end
-        s_text = self.rows("text.f16", np.where(mask, position, start))  # `batches` zeroes the padding
-        return self.rows("image.f16", images), s_text, torch.from_numpy(mask)
+        s_text = self.rows("text.float16", np.where(mask, position, start))  # `batches` zeroes the padding
+        pixels = self.rows("image.uint8", images) if "image.uint8" in self.shapes else None
+        return Features(self.rows("image.float16", images), s_text, torch.from_numpy(mask), pixels)
 
     def batches(self, draws):
         """For each draw (see `read`) its Features on the device, in its dtype; s_text is 0 where padded."""
+        device, dtype = self.net.device, self.net.dtype
         for features in read_ahead(self.read, draws):
-            s_image, s_text, mask = (tensor.to(self.net.device, non_blocking=True) for tensor in features)
-            yield Features(s_image.to(self.net.dtype), s_text.to(self.net.dtype) * mask[:, :, None], mask)
+            s_image, s_text, mask, pixels = (None if tensor is None else tensor.to(device, non_blocking=True)
+                                             for tensor in features)
+            yield Features(s_image.to(dtype), s_text.to(dtype) * mask[:, :, None], mask, pixels)
+
+    def means(self):
+        """The mean token of each picture [I, D_I], NaN for none, and of each text [texts, D_T], float32."""
+        images = np.stack([tokens.mean(0, dtype=np.float32) for tokens in self.map("image.float16")])
+        texts = np.add.reduceat(self.map("text.float16"), self.offsets[:-1], dtype=np.float32)
+        texts /= np.diff(self.offsets)[:, None]
+        return torch.from_numpy(images), torch.from_numpy(texts)
 
 
 def read_ahead(load, keys):

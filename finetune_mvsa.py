@@ -97,8 +97,8 @@ def extract_features(net, cache, seeds):
     colour = (255 * net.image_encoder.mean).round().to(torch.uint8)  # [3, 1, 1]
     empty = net.frozen_features(colour.expand(1, 3, *net.image_encoder.input_size), [""])
     parts = []
-    for s_image, s_text, mask in tqdm(batches(cache, cache.readable), desc="features"):
-        no_image, no_text, no_mask = empty.pair([0] * len(s_image), [0] * len(s_image))
+    for s_image, s_text, mask, _ in tqdm(batches(cache, cache.readable), desc="features"):
+        no_image, no_text, no_mask, _ = empty.pair([0] * len(s_image), [0] * len(s_image))
         with net.autocast():
             pooled = {row: encoder(s_image, s_text, mask).mean(1) for row, encoder in encoders.items()}
             pooled[NO_IMAGE] = net.target_encoder(no_image, s_text, mask).mean(1)
@@ -204,7 +204,7 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
         for epoch in range(1, epochs + 1):
             order = rng.permutation(train)
             labels = torch.from_numpy(y[order]).to(net.device).split(BATCH)
-            for y_batch, (s_image, *text) in zip(labels, batches(cache, cache.readable[order])):
+            for y_batch, (s_image, *text, _) in zip(labels, batches(cache, cache.readable[order])):
                 few = max(9, math.ceil(s_image.shape[1] / 16))  # with 5 of the toy's 36, learning often fails
                 drawn = rng.random(s_image.shape[:2]).argsort(1)[:, :few]  # [B, few]
                 s_image = model.gather(s_image, torch.from_numpy(drawn).to(net.device))
@@ -230,7 +230,7 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
 def predict(classifier, cache, part):
     """Indices of posts -> probabilities [P, 3]"""
     features = batches(cache, cache.readable[part])
-    return torch.cat([classifier(*batch).softmax(-1).cpu() for batch in features]).double().numpy()
+    return torch.cat([classifier(*batch[:3]).softmax(-1).cpu() for batch in features]).double().numpy()
 
 
 def predict_rows(net, cache, features, y, split, seed, probes, args):

@@ -16,8 +16,8 @@ Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a blo
     energy              E(I, T)    [B]               prediction error on the hidden patches of a pair
     momentum            m          float             xi <- m xi + (1 - m) theta
 
-Masks apply after f_I, as in the authors' code: the visible tokens of s_image have seen the hidden patches.
-README, "Differences", has this and what else departs from the paper or from I-JEPA."""
+As in the authors' code masks apply after f_I: the visible tokens of s_image have seen the hidden patches, but
+with mask="before". README, "Differences", has what else departs from the paper or from I-JEPA."""
 import copy
 import hashlib
 import json
@@ -53,7 +53,9 @@ class Config:
     predictor_heads: int = 12
     image_weights: str = ""  # a weight file for image_encoder; empty: timm's pretrained weights
     loss: str = "mse"  # or "smooth_l1"
-    target: str = "ema"  # predict X~'s tokens (the paper), or "image": f_I's
+    target: str = "ema"  # predict X~'s tokens (the paper); "image": f_I's; "whitened": a linear map of f_I's
+    mask: str = "after"  # f_I (the authors' code): X gets tokens that have seen all patches; or "before"
+    visible: float = 1.0  # share of a context's patches that X gets
     vocabulary: list = field(default_factory=list)  # the words that the "toy" text encoder knows
 
 
@@ -198,11 +200,11 @@ def gather(tokens, index):
     return tokens.gather(1, index[:, :, None].expand(len(tokens), -1, tokens.shape[-1]))
 
 
-def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), target_aspect=(0.75, 1.5),
-                 context_area=(0.85, 1.0)):
+def sample_masks(grid, batch, seed, step=0, share=1.0, blocks=4, target_area=(0.15, 0.2),
+                 target_aspect=(0.75, 1.5), context_area=(0.85, 1.0)):
     """I-JEPA's multi-block masks (paper section 3.2; masks/multiblock.py), a pure function of its arguments.
     Areas are shares of the grid, aspects relative to it. A batch has one block size, and its contexts are cut
-    to the smallest: at random, as a cut in raster order would take the bottom rows."""
+    to `share` of the smallest: at random, as a cut in raster order would take the bottom rows."""
     rows, columns = grid
     if min(grid) < 6:
         raise UserError(f"a {rows} x {columns} patch grid is too small: take another --image_encoder")
@@ -224,7 +226,8 @@ def sample_masks(grid, batch, seed, step=0, blocks=4, target_area=(0.15, 0.2), t
         hidden = torch.where(too_few[:, None, None], place(blocks, *target_size), hidden)
     visible = window & ~hidden.any(1)  # [B, N]
     order = torch.rand(batch, N, generator=generator).masked_fill(~visible, -1.0)
-    context = order.topk(int(visible.sum(1).min()), dim=1).indices.sort(dim=1).values  # [B, C]
+    smallest = int(visible.sum(1).min())
+    context = order.topk(max(1, round(share * smallest)), dim=1).indices.sort(dim=1).values  # [B, C]
     target = hidden.nonzero()[:, 2].view(batch, blocks, -1)  # [B, M, P]: all blocks have P patches
     return Masks(context, target)
 
@@ -244,10 +247,12 @@ class Features(NamedTuple):
     s_image: torch.Tensor  # [B, N, D_I]
     s_text: torch.Tensor  # [B, L, D_T]
     text_mask: torch.Tensor  # [B, L] bool
+    images: torch.Tensor | None = None  # [B, 3, H, W] uint8: with mask="before" f_I needs them once more
 
     def pair(self, images, captions):
         """The pairs of these pictures with these captions: two indices, lists [K] or slices -> Features."""
-        return Features(self.s_image[images], self.s_text[captions], self.text_mask[captions])
+        pixels = None if self.images is None else self.images[images]
+        return Features(self.s_image[images], self.s_text[captions], self.text_mask[captions], pixels)
 
 
 class Output(NamedTuple):
@@ -270,16 +275,21 @@ class TIJEPA(nn.Module):
                                 TextEncoder(c.text_encoder, c.vocabulary))
         self.image_encoder, self.text_encoder, self.grid = f_I, f_T, f_I.grid
         sample_masks(self.grid, 1, seed=0)  # refuse a grid too small before anything is encoded
+        if c.mask == "before" and not isinstance(f_I.vit, timm.models.VisionTransformer):
+            raise UserError(f"--mask before needs a plain ViT, not {type(f_I.vit).__name__}")
         self.context_encoder = FusionEncoder(f_I.dim, f_T.dim, c.dim, c.depth, c.heads)
         # X~ starts as a copy of X. Neither has dropout, so train and eval mode are the same function.
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
-        width, target_dim = c.predictor_dim, f_I.dim if c.target == "image" else c.dim
+        self.whiten = nn.Linear(f_I.dim, f_I.dim) if c.target == "whitened" else nn.Identity()
+        self.whiten.requires_grad_(False)
+        width, target_dim = c.predictor_dim, c.dim if c.target == "ema" else f_I.dim
         self.predictor = Predictor(f_I.grid, c.dim, width, c.predictor_depth, c.predictor_heads, target_dim)
 
-    def forward(self, features, masks):
-        """The trained half: Features of B pairs, and masks -> Output. Gradients reach X and g."""
+    def forward(self, features, masks, visible=None):
+        """The trained half: Features of B pairs, and masks -> Output. Gradients reach X and g. `visible` is
+        given if another caption has needed it."""
         with self.autocast():
-            visible = self.visible(features, masks)  # [B, C, D_I]
+            visible = self.visible(features, masks) if visible is None else visible  # [B, C, D_I]
             context = self.context_encoder(visible, features.s_text, features.text_mask)  # X: [B, C, D]
             prediction = self.predictor(context, masks)  # g: [B, M, P, D]
             target = self.targets(features, masks)  # [B, M, P, D]
@@ -288,6 +298,8 @@ class TIJEPA(nn.Module):
 
     def visible(self, features, masks):
         """What X may see of the pictures: f_I's tokens of the context patches [B, C, D_I]."""
+        if self.config.mask == "before":
+            return self.encode_images(features.images, masks.context)
         return gather(features.s_image, masks.context)
 
     @torch.no_grad()
@@ -296,31 +308,49 @@ class TIJEPA(nn.Module):
         target = gather(features.s_image, masks.target.flatten(1))  # f_I's: fixed, blind to the caption
         if self.config.target == "ema":  # X~ mixes no patches, so the hidden ones suffice
             target = self.target_encoder(target, features.s_text, features.text_mask)  # X~: [B, M * P, D]
-        target = F.layer_norm(target.float(), target.shape[-1:])  # without affine: I-JEPA's train.py
+        if self.config.target == "whitened":
+            target = self.whiten(target.float()).float()
+        else:
+            target = F.layer_norm(target.float(), target.shape[-1:])  # without affine: I-JEPA's train.py
         return target.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
+
+    def fit_whitening(self, tokens):
+        """Set the map of target="whitened" by f_I's tokens [n, D_I]: (S + s I)^(-1/2) (t - mean), where S is
+        their covariance and s its mean eigenvalue. Directions in which tokens differ most count less then."""
+        S, mean = torch.cov(tokens.T).double(), tokens.mean(0).double()
+        values, vectors = torch.linalg.eigh(S)
+        weight = vectors / (values + values.mean()).sqrt() @ vectors.T
+        self.whiten.weight.copy_(weight)
+        self.whiten.bias.copy_(-weight @ mean)
 
     def patch_energy(self, prediction, target):
         """Two tensors [B, M, P, D] -> [B, M, P]: the mean squared (or smooth L1) error, in float32."""
         return LOSSES[self.config.loss](prediction.float(), target.float(), reduction="none").mean(-1)
 
     @torch.no_grad()
-    def measure(self, features, draw=0):
-        """`forward` with one draw of masks for all pairs, so that their energies are of the same patches."""
-        return self(features, sample_masks(self.grid, 1, seed=draw).to(self.device))
+    def measure(self, features, captions, draw=0):
+        """Features of I pictures and T captions, K lists [I] of captions -> K Outputs of I pairs, one by one.
+        All have the masks of this draw, so that energies are of the same patches, and one pass of f_I."""
+        masks = sample_masks(self.grid, 1, seed=draw, share=self.config.visible).to(self.device)
+        visible = self.visible(features, masks)  # [I, C, D_I]
+        for of_each in captions:
+            yield self(features.pair(slice(None), of_each), masks, visible)
 
-    def mean_energy(self, features, draws):
-        """Features of B pairs -> [B]: the energy of each, the mean over so many masks."""
-        return torch.stack([self.measure(features, draw).energy for draw in range(draws)]).mean(0)
+    def energies(self, features, captions, draws):
+        """As `measure` -> [I, K]: energies, the mean over these draws of masks."""
+        of_draws = [[out.energy for out in self.measure(features, captions, draw)] for draw in draws]
+        return torch.stack([torch.stack(energies, dim=1) for energies in of_draws]).mean(0)
 
     def score(self, images, texts, draws=8):
-        """images [B, 3, H, W] uint8, B strings -> [B]: each pair's energy, lower for a better match."""
-        return self.mean_energy(self.frozen_features(images, texts), draws)
+        """images [B, 3, H, W] uint8, B strings -> [B]: each pair's energy, lower for a better match; the mean
+        over so many masks."""
+        return self.energies(self.frozen_features(images, texts), [range(len(texts))], range(draws))[:, 0]
 
     def encode(self, images, texts):
         """images [B, 3, H, W] uint8, B strings -> X~'s fused tokens [B, N, D] and their mean [B, D]."""
         features = self.frozen_features(images, texts)
         with self.autocast():
-            tokens = self.target_encoder(*features).float()
+            tokens = self.target_encoder(*features[:3]).float()
         return tokens, tokens.mean(1)
 
     def frozen_features(self, images, texts):
@@ -330,12 +360,13 @@ class TIJEPA(nn.Module):
             name = self.config.image_encoder
             raise UserError(f"pictures {list(images.shape)} {images.dtype} with {texts!r:.60}: {name} takes "
                             f"B x {shape[1:]} of torch.uint8 with a list of B strings")
-        return Features(self.encode_images(images), *self.encode_texts(texts))
+        images = images.to(self.device)
+        return Features(self.encode_images(images), *self.encode_texts(texts), images)
 
-    def encode_images(self, images):
-        """f_I: images [B, 3, H, W] uint8 -> s_image [B, N, D_I]"""
+    def encode_images(self, images, index=None):
+        """f_I: images [B, 3, H, W] uint8 -> s_image [B, N, D_I]; see ImageEncoder.forward"""
         with self.autocast():
-            return self.image_encoder(images.to(self.device, non_blocking=True)).to(self.dtype)
+            return self.image_encoder(images.to(self.device, non_blocking=True), index).to(self.dtype)
 
     def encode_texts(self, texts):
         """f_T: B strings -> s_text [B, L, D_T], text_mask [B, L]"""
@@ -461,9 +492,15 @@ class ImageEncoder(nn.Module):
                 "f_I architecture": self.vit.pretrained_cfg.get("architecture")}
 
     @torch.no_grad()
-    def forward(self, images):
-        """images [B, 3, H, W] uint8 -> patch tokens [B, N, D_I]"""
-        return self.vit.forward_features((images / 255 - self.mean) / self.std)[:, self.prefix:]
+    def forward(self, images, index=None):
+        """images [B, 3, H, W] uint8 -> patch tokens [B, N, D_I]; of the patches index [B or 1, K] alone, as
+        if there were no others: [B, K, D_I] (as I-JEPA's VisionTransformer.forward with masks)."""
+        vit, pixels = self.vit, (images / 255 - self.mean) / self.std
+        if index is None:
+            return vit.forward_features(pixels)[:, self.prefix:]
+        prefix, patches = vit._pos_embed(vit.patch_embed(pixels)).tensor_split([self.prefix], dim=1)
+        x = torch.cat([prefix, gather(patches, index)], dim=1)  # [B, prefix + K, D_I]
+        return vit.norm(vit.blocks(vit.norm_pre(x)))[:, self.prefix:]
 
 
 def toy_vit():
@@ -554,7 +591,7 @@ def hash_weights(module):
 
 # ---- Checkpoints ----
 
-TRAINED = ("context_encoder", "target_encoder", "predictor")
+TRAINED = ("context_encoder", "target_encoder", "predictor", "whiten")  # what a checkpoint has the weights of
 CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
                    "model", "optimizer", "scaler", "running", "log")
 

@@ -51,7 +51,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -94,7 +96,9 @@ def parse_args(argv=None):
     add("--image_weights", default="", help="weight file of f_I (empty: timm's own)")
     add("--text_encoder", default="", help=f"f_T by name or folder (empty: {config.text_encoder})")
     add("--loss", choices=model.LOSSES, default=config.loss, help="error that is the energy")
-    add("--target", choices=("ema", "image"), default=config.target, help="predict X~'s tokens or f_I's")
+    add("--target", choices=("ema", "image", "whitened"), default=config.target, help="X~'s tokens or f_I's")
+    add("--mask", choices=("after", "before"), default=config.mask, help="after or before f_I")
+    add("--visible", **number(float, 1e-6, 1), default=config.visible, help="share of a context that X gets")
     add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
     add("--shuffle_captions", action="store_true", help="control: train with other images' captions")
     add("--epochs", **number(int, 1), help="passes over the images")
@@ -148,9 +152,12 @@ def main(args):
     items, skipped = data.load_coco(coco, args.max_images)  # before the encoders: they may be a long download
     torch.manual_seed(args.seed)
     net = model.TIJEPA(make_config(args, items)).place(device, args.dtype)
-    cache = data.FeatureCache(args.cache, items, net)
+    cache = data.FeatureCache(args.cache, items, net, pixels=args.mask == "before")
     train_images, held_out = data.hold_out(cache, args.held_out)
     skipped["unreadable image"] = len(cache.unreadable)
+    if args.target == "whitened":
+        tokens = torch.from_numpy(cache.map("image.float16")[train_images[:256]]).float()  # [256, N, D_I]
+        net.fit_whitening(tokens.flatten(0, 1))
     steps_per_epoch = len(train_images) // args.batch_size  # what is left of an epoch fills no batch
     steps = args.epochs * steps_per_epoch
     if not steps:
@@ -205,7 +212,7 @@ def main(args):
             momentum = args.momentum + (args.final_momentum - args.momentum) * step / max(1, steps - 1)
             for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
                 group["lr"], group["weight_decay"] = lr, decay
-            masks = model.sample_masks(net.grid, args.batch_size, args.seed, step).to(device)
+            masks = model.sample_masks(net.grid, args.batch_size, args.seed, step, args.visible).to(device)
 
             # -- forward and backward, micro-batch by micro-batch
             for part in micro_batches:
@@ -284,9 +291,8 @@ def wins(own, other):
 
 def held_out_metrics(net, features):
     """The held-out part of a log line; see the top of this file."""
-    n = len(features.s_image)
-    energy, _, target, prediction, _ = net.measure(features)
-    mismatched = net.measure(features.pair(slice(None), [i - 1 for i in range(n)])).energy
+    own = np.arange(n := len(features.s_image))
+    (energy, _, target, prediction, _), (mismatched, *_) = net.measure(features, [own, own - 1])
     # One draw of masks for all: [:, m, p] is the same patch in each. An image's own target is left out.
     others = (target.sum(0) - target) / (n - 1)
     metrics = dict(energy_matched=energy.mean(), energy_mismatched=mismatched.mean(),
@@ -299,19 +305,19 @@ def held_out_metrics(net, features):
 
 def energy_matrix(net, features, draws):
     """Energies of every image with every caption [I, T], each the mean over the same `draws` masks."""
-    n = len(features.s_image)
-    pairs = (features.pair(slice(None), [caption] * n) for caption in tqdm(range(n), desc="energies"))
-    return torch.stack([net.mean_energy(pair, draws) for pair in pairs], dim=1).float().cpu()
+    captions = [[caption] * len(features.s_image) for caption in range(len(features.s_text))]
+    return net.energies(features, captions, tqdm(range(draws), "energies", unit=" masks")).float().cpu()
 
 
-def energy_maps(net, features, least=8):
-    """Features of B pairs -> [B, N]: each patch's mean energy, of the masks that hide it, `least` or more."""
-    B, N = features.s_image.shape[:2]
-    total, count, draw = torch.zeros(B, N), torch.zeros(N), 0
+def energy_maps(net, features, captions, least=8):
+    """Features of I pictures, K lists [I] of captions -> [I, K, N]: each patch's mean energy, of the masks
+    that hide it, `least` or more."""
+    I, N = features.s_image.shape[:2]
+    total, count, draw = torch.zeros(I, len(captions), N), torch.zeros(N), 0
     while count.min() < least:
         hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]: of the next line
-        energies = net.measure(features, draw).patch_energy.flatten(1)  # [B, M * P]
-        total.index_add_(1, hidden, energies.float().cpu())
+        patches = [out.patch_energy.flatten(1) for out in net.measure(features, captions, draw)]
+        total.index_add_(2, hidden, torch.stack(patches, dim=1).float().cpu())  # [I, K, M * P]
         count += torch.bincount(hidden, minlength=N)
         draw += 1
     return total / count
@@ -327,7 +333,45 @@ def retrieval_metrics(energies):
     won = wins(own[:, None], energies).sum(1) - 0.5  # [I]: without the tie of each with itself
     rank = (energies <= own[:, None]).sum(1)  # 1: no other caption is as low
     figures = {"auc": won / (n - 1), "recall@1": (rank <= 1).float(), "recall@5": (rank <= 5).float()}
-    return {"images": n, **{name: value.mean().item() for name, value in figures.items()}}
+    return {name: value.mean().item() for name, value in figures.items()}
+
+
+def contrastive_similarity(cache, train, held_out, seed, most_epochs=30):
+    """The yardstick: what anybody would use instead of the energy. Two linear layers on the standardised mean
+    tokens of f_I and f_T, trained by InfoNCE (CLIP's loss) on the pairs `train` -> the similarities of the
+    held-out pictures and captions [I, I]. It takes as many epochs as are best for a tenth of `train`."""
+    images, texts = cache.means()
+    captions = np.concatenate([np.arange(cache.first[i], cache.first[i + 1]) for i in train])
+    images, texts = ((x - x[rows].mean(0)) / x[rows].std(0).clamp_min(1e-6)
+                     for x, rows in ((images, train), (texts, captions)))
+
+    def logits(layers, pairs):
+        a, b = (layer(x[index]) for layer, x, index in zip(layers, (images, texts), pairs))
+        return layers.scale.exp() * F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+
+    def info_nce(*of):
+        similarity = logits(*of)
+        label = torch.arange(len(similarity))
+        return (F.cross_entropy(similarity, label) + F.cross_entropy(similarity.T, label)) / 2
+
+    def fit(rows, epochs):
+        torch.manual_seed(seed)
+        layers = nn.ModuleList(nn.Linear(x.shape[1], 192) for x in (images, texts))
+        layers.scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-3)
+        for epoch in range(epochs):
+            pairs = data.epoch_order(cache, rows, seed, epoch)
+            for n in range(0, len(rows), 100):
+                info_nce(layers, [index[n:n + 100] for index in pairs]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            yield layers
+
+    tenth, others = np.split(np.random.default_rng(seed).permutation(train), [max(2, len(train) // 10)])
+    own = tenth, cache.first[tenth]
+    losses = [info_nce(layers, own).item() for layers in fit(others, most_epochs)]
+    *_, layers = fit(train, 1 + int(np.argmin(losses)))
+    return logits(layers, (held_out, cache.first[held_out])).detach()
 
 
 def evaluate(args):
@@ -338,27 +382,29 @@ def evaluate(args):
     folder.mkdir(parents=True, exist_ok=True)  # without its lock: a run may be evaluated as it trains
     if args.image:
         return rank_captions(args, net)
-    held_out, digests, coco = checkpoint["held_out"], {}, args.coco or checkpoint["coco"]
-    items = [item for item in data.load_coco(coco)[0] if item[0].name in held_out]
-    if items:
-        cache = data.FeatureCache(args.cache, items, net)
-        digests = {path.name: digest for (path, _), digest in zip(items, cache.digests)}
-    if differs := [name for name in held_out if digests.get(name) != held_out[name]]:
-        raise UserError(f"--eval {args.eval}: {len(differs)} of its {len(held_out)} held-out images are not "
-                        f"in {coco}, or not what they were in training: {', '.join(differs[:5])}")
-    features = next(cache.batches([(cache.readable, cache.first[cache.readable])]))
+    names, coco = checkpoint["held_out"], args.coco or checkpoint["coco"]  # {file name of an image: its hash}
+    items, _ = data.load_coco(coco, checkpoint["identity"]["--max_images"])
+    cache = data.FeatureCache(args.cache, items, net, pixels=net.config.mask == "before")
+    digests = {path.name: digest for (path, _), digest in zip(items, cache.digests)}
+    if differs := [name for name in names if digests.get(name) != names[name]]:
+        raise UserError(f"--eval {args.eval}: {len(differs)} of its {len(names)} held-out images are not in "
+                        f"{coco}, or not what they were in training: {', '.join(differs[:5])}")
+    held_out = np.array([i for i in cache.readable if items[i][0].name in names])
+    features = next(cache.batches([(held_out, cache.first[held_out])]))
     energies = energy_matrix(net, features, args.eval_masks)
-    figures = {**retrieval_metrics(energies), "masks": args.eval_masks, "step": checkpoint["step"],
-               **held_out_metrics(net, features)}
-    plot_energies(energies, folder / "energies.png")
-    first = [items[i] for i in cache.readable[:4]]
+    others, seed = np.setdiff1d(cache.readable, held_out), checkpoint["identity"]["--seed"]
+    similarity = contrastive_similarity(cache, others, held_out, seed)
+    figures = {"images": len(held_out), "masks": args.eval_masks, "step": checkpoint["step"],
+               **retrieval_metrics(energies), **held_out_metrics(net, features),
+               **{f"contrastive_{name}": value for name, value in retrieval_metrics(-similarity).items()}}
+    plot_energies(energies, "AUC {auc:.3f}; two linear layers {contrastive_auc:.3f}".format(**figures),
+                  folder / "energies.png")
+    first = [items[i] for i in held_out[:4]]
     pictures = [data.read_image(path, net.image_encoder) for path, _ in first]
     captions = [texts[0] for _, texts in first]
-    plot_masks(pictures[:3], captions, net.grid, folder / "masks.png")
-    n = len(pictures)
-    images = [i for i in range(n) for _ in (0, 1)]
-    texts = [(i - other) % n for i in range(n) for other in (0, 1)]  # each picture's own caption, another's
-    plot_maps(net, pictures, features.pair(images, texts), [captions[i] for i in texts], folder / "maps.png")
+    plot_masks(pictures[:3], captions, net, folder / "masks.png")
+    own = np.arange(len(first))
+    plot_maps(net, pictures, features.pair(own, own), [own, own - 1], captions, folder / "maps.png")
     # The last file: when it is there, all are
     data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -367,13 +413,14 @@ def evaluate(args):
 def rank_captions(args, net):
     """--eval with a picture and captions: print their energies; draw maps_<image>.png of the ends."""
     picture = data.read_image(args.image, net.image_encoder)
-    features = net.frozen_features(picture.expand(len(args.captions), -1, -1, -1), args.captions)
-    energies = net.mean_energy(features, args.eval_masks)
+    images = picture[None].to(net.device)
+    features = model.Features(net.encode_images(images), *net.encode_texts(args.captions), images)
+    energies = energy_matrix(net, features, args.eval_masks)[0]
     lines = [f"{energy:.4f}  {caption}" for energy, caption in zip(energies.tolist(), args.captions)]
     order = energies.argsort().tolist()
     print("\n".join(lines[i] for i in order))
-    ends, path = [order[0], order[-1]], Path(args.out) / f"maps_{Path(args.image).stem}.png"
-    plot_maps(net, [picture], features.pair(ends, ends), [lines[i] for i in ends], path)
+    ends, path = [[order[0]], [order[-1]]], Path(args.out) / f"maps_{Path(args.image).stem}.png"
+    plot_maps(net, [picture], features, ends, lines, path)
 
 
 # ---- A run: its model, its identity, its processes, its end ----
@@ -387,7 +434,8 @@ def make_config(args, items):
         f_T = os.path.realpath(f_T)  # the checkpoint may be used from another folder
     weights = args.image_weights and os.path.realpath(args.image_weights)
     return replace(preset, image_encoder=args.image_encoder, image_weights=weights, text_encoder=f_T,
-                   loss=args.loss, target=args.target, vocabulary=sorted(words))
+                   loss=args.loss, target=args.target, mask=args.mask, visible=args.visible,
+                   vocabulary=sorted(words))
 
 
 def build_optimizer(net):
@@ -475,7 +523,8 @@ def bench(args, rounds=50, limit=20):
     images = torch.zeros(data.ENCODE_BATCH, 3, *f_I.input_size, dtype=torch.uint8)
     s_image = torch.randn(B, N, f_I.dim).to(device, net.dtype)
     s_text = torch.randn(B, TOKENS, f_T.dim).to(device, net.dtype)
-    features = model.Features(s_image, s_text, torch.ones(B, TOKENS, dtype=torch.bool, device=device))
+    features = model.Features(s_image, s_text, torch.ones(s_text.shape[:2], device=device).bool(),
+                              images[:1].expand(B, -1, -1, -1) if args.mask == "before" else None)
 
     def now():
         getattr(torch, device.type).synchronize()
@@ -484,7 +533,7 @@ def bench(args, rounds=50, limit=20):
     rows, start = [], now()  # a row for each round: the time before its parts and after each
     while len(rows) <= rounds and (len(rows) < 2 or now() - start < limit):
         row = [now()]
-        masks = model.sample_masks(net.grid, B, args.seed, len(rows)).to(device)  # of other sizes each time
+        masks = model.sample_masks(net.grid, B, args.seed, len(rows), args.visible).to(device)  # all sizes
         row.append(now())
         loss = net(features, masks).energy.mean()
         row.append(now())
@@ -517,7 +566,7 @@ def bench(args, rounds=50, limit=20):
         "training, images/s": args.batch_size / step,
         "encode by f_I, images/s": 1 / image,
         "f_I, GFLOP per image": frozen,
-        "trained half, GFLOP per image": trained,
+        "training, GFLOP per image": trained,
         **{f"MFU on {card}, %": 0.1 * trained * args.batch_size / step / peak
            for name, peak in PEAK_TFLOPS.items() if name in card},
         "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
@@ -545,14 +594,14 @@ def plot_curves(log, path):
     figure.savefig(path, dpi=100)
 
 
-def plot_energies(energies, path):
+def plot_energies(energies, title, path):
     """Energies [I, I], the matched pairs on the diagonal -> histograms of matched and mismatched pairs."""
     figure = Figure((5, 3.2), layout="tight")
     axis = figure.subplots()
     own, other = energies.diagonal(), energies[~torch.eye(len(energies), dtype=torch.bool)]
     axis.hist((own.numpy(), other.numpy()), 40, density=True, histtype="stepfilled", alpha=0.6,
               label=("matched", "mismatched"))
-    axis.set(xlabel="energy", ylabel="density of pairs", title="held-out images and captions")
+    axis.set(xlabel="energy", ylabel="density of pairs", title=title)
     axis.legend()
     figure.savefig(path, dpi=100)
 
@@ -566,30 +615,32 @@ def show(axis, pixels, title, grid, **scale):
     axis.set_title("\n".join(textwrap.wrap(title, 32)[:2]), fontsize=8, parse_math=False)
 
 
-def plot_masks(pictures, captions, grid, path):
+def plot_masks(pictures, captions, net, path):
     """Pixels [3, H, W] and captions -> each picture, the patches that X sees, those in target blocks."""
     figure = Figure((8, round(2.8 * len(pictures), 1)), layout="constrained")  # else 839 pixels, not 840
     rows = figure.subplots(len(pictures), 3, squeeze=False)
     for draw, (picture, caption, axes) in enumerate(zip(pictures, captions, rows)):
         pixels = picture.permute(1, 2, 0).numpy()  # [H, W, 3]
-        show(axes[0], pixels, caption, grid)
+        show(axes[0], pixels, caption, net.grid)
         titles = "context: what X sees", "target blocks: what is predicted, brighter where they overlap"
-        for axis, title, index in zip(axes[1:], titles, model.sample_masks(grid, 1, seed=draw)):
-            show(axis, pixels, title, grid)
-            blocks = np.bincount(index.flatten(), minlength=math.prod(grid)).reshape(grid)
-            axis.imshow(blocks, "gray", alpha=0.75, extent=(0, grid[1], grid[0], 0))
+        masks = model.sample_masks(net.grid, 1, seed=draw, share=net.config.visible)
+        for axis, title, index in zip(axes[1:], titles, masks):
+            show(axis, pixels, title, net.grid)
+            blocks = np.bincount(index.flatten(), minlength=math.prod(net.grid)).reshape(net.grid)
+            axis.imshow(blocks, "gray", alpha=0.75, extent=(0, net.grid[1], net.grid[0], 0))
     figure.savefig(path, dpi=100)
 
 
-def plot_maps(net, pictures, features, titles, path):
-    """Pixels [3, H, W], Features and titles of two pairs of each -> each patch's energy, the difference."""
-    maps = energy_maps(net, features).unflatten(-1, net.grid).unflatten(0, (-1, 2)).numpy()
+def plot_maps(net, pictures, features, captions, titles, path):
+    """Pixels [3, H, W], Features, two lists of captions, the captions' titles -> of each picture the energy
+    of each patch with its first and its second caption, and the difference."""
+    maps = energy_maps(net, features, captions).unflatten(-1, net.grid).numpy()  # [I, 2, rows, columns]
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
-    for axes, picture, pair, captions in zip(rows, pictures, maps, np.reshape(titles, (-1, 2))):
+    for axes, picture, pair, two in zip(rows, pictures, maps, np.transpose(captions)):
         show(axes[0], picture.permute(1, 2, 0).numpy(), "picture", net.grid)
-        for axis, energies, caption in zip(axes[1:], pair, captions):
-            show(axis, energies, caption, net.grid, vmin=0, vmax=pair.max())
+        for axis, energies, caption in zip(axes[1:], pair, two):
+            show(axis, energies, titles[caption], net.grid, vmin=0, vmax=pair.max())
         gap = pair[1] - pair[0]
         most = abs(gap).max()
         show(axes[3], gap, "second minus first", net.grid, cmap="coolwarm", vmin=-most, vmax=most)

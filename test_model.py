@@ -194,7 +194,7 @@ def test_block_equals_pytorchs_attention_with_the_same_weights():
 
 
 def test_fusion_encoder_projects_then_attends_to_the_caption_alone(net, images):
-    X, (s_image, s_text, text_mask) = randomize(net.context_encoder), net.frozen_features(images, TEXTS)
+    X, (s_image, s_text, text_mask, _) = randomize(net.context_encoder), net.frozen_features(images, TEXTS)
     x, text = X.image_proj(s_image), X.text_proj(s_text)
     for block in X.blocks:
         x = plain_block(block, x, text, text_mask)
@@ -231,7 +231,7 @@ def test_forward_predictor_and_patch_energy_equal_a_plain_loop(images, loss, tar
     masks, g = sample_masks(net.grid, 3, 0), net.predictor
     out = net(net.frozen_features(images, TEXTS), masks)
     for b in range(3):
-        s_image, *text = net.frozen_features(images[b:b + 1], TEXTS[b:b + 1])
+        s_image, *text, _ = net.frozen_features(images[b:b + 1], TEXTS[b:b + 1])
         tokens = s_image if target == "image" else net.target_encoder(s_image, *text)  # [1, N, D]
         context = net.context_encoder(s_image[:, masks.context[b]], *text)
         assert torch.allclose(out.context[b:b + 1], context, atol=1e-5)
@@ -257,7 +257,7 @@ def test_gradients_reach_x_and_the_predictor_only(net, images):
         trained = name.startswith(("context_encoder", "predictor"))
         assert p.requires_grad == (p.grad is not None and bool(p.grad.any())) == trained, name
     in_training = {name.split(".")[0] for name, part in net.named_modules() if name and part.training}
-    assert in_training == {"context_encoder", "predictor"}
+    assert in_training == {"context_encoder", "predictor", "whiten"}  # the last has no weights
 
 
 def test_score_and_energy_matrix_are_the_energies_of_each_pair_wherever_it_stands(net, images):
@@ -444,18 +444,14 @@ def test_pick_device_makes_the_gpu_that_is_asked_for_the_current_one(monkeypatch
         assert calls[-3:] == [torch.device(device), "high", False]
 
 
-def test_pick_device_and_dtype_take_what_a_gpu_has_and_a_cpu_only_without_one(monkeypatch):
+def test_pick_device_and_dtype_take_what_there_is(monkeypatch):
     for fast, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # torch counts emulation as well
         supported = lambda including_emulation=True: fast or including_emulation
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert model.pick_dtype("auto", torch.device("cuda")) == dtype
     for backend in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(backend, "is_available", lambda: False)
-    monkeypatch.setattr(subprocess, "getoutput", lambda command: "sh: nvidia-smi: not found")
     assert model.pick_device() == torch.device("cpu")
-    monkeypatch.setattr(subprocess, "getoutput", lambda command: "470.57\n470.57")
-    with pytest.raises(UserError, match=r"driver 470.57\).*--device cpu"):
-        model.pick_device()
 
 
 # ---- data.py: pictures, the toy world, COCO ----------------------------------------------------------------
@@ -544,16 +540,15 @@ def test_toy_captions_name_what_pictures_show_and_a_post_has_two_moods(toy):
     assert 0.8 < np.mean(shares) < 0.93  # 0.8, and a third of the others
 
 
-def test_toy_data_are_the_same_bytes_for_a_seed_and_replace_nothing(tmp_path, monkeypatch):
-    toy, again, other, mine = (tmp_path / name for name in ("toy", "a/b/again", "other", "mine"))
+def test_toy_data_are_always_the_same_bytes_and_replace_nothing(tmp_path, monkeypatch):
+    toy, again, mine = (tmp_path / name for name in ("toy", "a/b/again", "mine"))
     (mine / "coco").mkdir(parents=True)
-    for folder, seed in ((toy, 0), (again, 0), (other, 1)):
-        data.write_toy(folder, 4, 5, seed)
-    before, name = tree(tmp_path), "coco/train2017/000000000000.jpg"
-    assert tree(toy) == tree(again) and tree(toy)[name] != tree(other)[name]
-    for folder, posts in ((toy, 6), (mine, 5)):
-        said = call(data, "toy", folder, "--images", 4, "--posts", posts, code=2).err
-        assert f"{folder} exists, but not as toy data of" in said
+    for folder in (toy, again):
+        data.write_toy(folder, 4, 5)
+    before = tree(tmp_path)
+    assert tree(toy) == tree(again)
+    for folder in (toy, mine):
+        assert f"{folder} exists, but not as toy data of" in call(data, "toy", folder, code=2).err
     monkeypatch.setattr(data, "write_toy_mvsa", lambda *given: 1 / 0)
     data.write_toy(toy, 4, 5)  # is there
     with pytest.raises(ZeroDivisionError):
@@ -618,13 +613,10 @@ def test_coco_is_fetched_over_a_bad_connection_and_not_fetched_again(tmp_path, m
     assert not fetch(files, 30, 0)[0]
     asked, said = fetch(files, 0, 2)
     assert asked == dict.fromkeys([*list(files)[31:], "/train2017/39.jpg"], 3)
-    assert "1 of 41 images are still missing" in said and "39.jpg cannot be fetched: HTTP Error 404" in said
+    assert "39.jpg cannot be fetched: HTTP Error 404" in said
     expected = {Path(at).name: body for at, body in photos.items()} | {"a b#%41.jpg": b"odd"}
-    assert tree(tmp_path / "train2017") == expected
-    (tmp_path / CAPTIONS).write_bytes(caption_file(*2 * [[(i, f"{i}.jpg") for i in range(999)]]))
-    monkeypatch.setattr(data, "MOST_FAILURES", 3)
-    asked, said = fetch({}, 0, 2)
-    assert "960 of 999 images are still missing" in said and len(asked) < 500  # it is the network
+    assert {**tree(tmp_path / "train2017"), "a b#%41.jpg": b"odd"} == expected
+    assert len(fetch({}, 0, 2)[0]) <= 2  # the first that fails ends it
 
 
 def test_epoch_order_has_every_image_once_with_one_of_its_captions():
@@ -654,7 +646,10 @@ def test_hold_out_trains_on_no_held_out_image_and_a_lost_image_moves_no_other():
         assert held - {lost} <= hold_out(lost) and len(hold_out(lost)) == 40
     cache.items.reverse()
     assert {99 - i for i in hold_out()} == held and len(hold_out(count=0)) == 10
-    assert [data.default_held_out(images) for images in (2000, 300, 5)] == [100, 30, 2]
+    cache.items = [(Path(f"{i}.jpg"), []) for i in range(2000)]
+    for images, held in ((2000, 100), (300, 30), (5, 2)):
+        cache.readable = np.arange(images)
+        assert len(data.hold_out(cache, 0)[1]) == held
 
 
 # ---- data.py: the feature cache ----------------------------------------------------------------------------
@@ -669,7 +664,7 @@ def encoded(toy, tmp_path_factory):
     items = [items[0], items[-1], *items[1:-1]]  # the second is broken; the texts get different lengths
     items = [(path, [" ".join(text.split()[k:]) for k, text in enumerate(texts)]) for path, texts in items]
     items += items[2:32]
-    cache = data.FeatureCache(tmp_path_factory.mktemp("encoded"), items, net, 2)
+    cache = data.FeatureCache(tmp_path_factory.mktemp("encoded"), items, net)
     return SimpleNamespace(net=net, items=items, cache=cache, name=cache.folder.name)
 
 
@@ -680,9 +675,7 @@ def test_cached_features_are_those_encoded_on_the_fly(encoded, monkeypatch):
     pictures = torch.stack([data.read_image(items[i][0], net.image_encoder) for i in images])
     texts = [items[owner][1][number] for owner, number in zip(owners, numbers)]
     expected = net.frozen_features(pictures, texts)
-    on_device = {name: torch.tensor(cache.map(name)) for name in cache.shapes}  # as on a GPU with room
-    for memory, dtype, atol in (({}, torch.float32, 3e-3), (on_device, torch.bfloat16, 0.03)):
-        monkeypatch.setattr(cache, "on_device", memory)
+    for dtype, atol in ((torch.float32, 3e-3), (torch.bfloat16, 0.03)):
         monkeypatch.setattr(net, "dtype", dtype)
         features, few = cache.batches(draws)
         mask = features.text_mask
@@ -690,7 +683,7 @@ def test_cached_features_are_those_encoded_on_the_fly(encoded, monkeypatch):
         assert torch.equal(mask, expected.text_mask) and not mask.all() and not features.s_text[~mask].any()
         assert torch.allclose(features.s_image.float(), expected.s_image, atol=atol)
         assert torch.allclose(features.s_text[mask].float(), expected.s_text[mask], atol=atol)
-    assert list(cache.unreadable) == [1] and np.isnan(cache.map("image.f16")[1]).all()
+    assert list(cache.unreadable) == [1] and np.isnan(cache.map("image.float16")[1]).all()
 
 
 def test_a_copy_needs_no_new_cache_and_other_data_or_encoders_get_one(encoded, tmp_path):
@@ -705,23 +698,23 @@ def test_a_copy_needs_no_new_cache_and_other_data_or_encoders_get_one(encoded, t
                (items, brighter), (items, half), (items[:3], net), (items[::-1], net),
                ([(one, ["red " + texts[0], *texts[1:]]), *items[1:]], net),
                ([(one, texts[:4]), (two, texts[4:] + others), *rest], net)]  # a caption is another picture's
-    folders = [data.FeatureCache(root, *recipe, 1).folder for recipe in recipes]
+    folders = [data.FeatureCache(root, *recipe).folder for recipe in recipes]
     Image.open(one).rotate(90).save(one, "JPEG")  # another picture of the same name
-    folders.append(data.FeatureCache(root, items, net, 1).folder)
+    folders.append(data.FeatureCache(root, items, net).folder)
     assert len(set(folders[:3])) == 1 and len(set(folders)) == len(list(root.iterdir())) == 8
 
 
-@pytest.mark.parametrize("name, change", [("image.f16", -2), ("text.f16", 2), ("image.f16", None)])
+@pytest.mark.parametrize("name, change", [("image.float16", -2), ("text.float16", 2), ("image.float16", None)])
 def test_a_cache_of_a_wrong_size_is_encoded_anew_to_the_same_bytes(encoded, tmp_path, name, change):
     path = shutil.copytree(encoded.cache.folder, tmp_path / encoded.name) / name
     path.unlink() if change is None else os.truncate(path, path.stat().st_size + change)
-    data.FeatureCache(tmp_path, encoded.items, encoded.net, 1)
+    data.FeatureCache(tmp_path, encoded.items, encoded.net)
     assert tree(tmp_path / encoded.name) == tree(encoded.cache.folder)
 
 
 def test_a_disk_that_fails_is_named_and_no_picture_is_stored_as_unreadable(
         encoded, tmp_path, monkeypatch, capsys):
-    given, folder = (tmp_path, encoded.items, encoded.net, 1), tmp_path / encoded.name
+    given, folder = (tmp_path, encoded.items, encoded.net), tmp_path / encoded.name
     picture, read = encoded.items[40][0], Path.read_bytes
     bad, full = OSError(errno.EIO, "bad sector"), OSError(errno.ENOSPC, "no room")
     for before in (0, 1, 2):  # when the picture is hashed, when it is decoded, and when all is written
@@ -730,14 +723,14 @@ def test_a_disk_that_fails_is_named_and_no_picture_is_stored_as_unreadable(
             patch.setattr(Path, "read_bytes", lambda path: disk() if path == picture else read(path))
             patch.setattr(os, "fsync", Mock(side_effect=full))
             assert data.run_command(lambda: data.FeatureCache(*given), "") == 2
-        where, why = (folder / "text.f16", full) if before == 2 else (picture, bad)
+        where, why = (folder / "text.float16", full) if before == 2 else (picture, bad)
         assert f"error: {where} cannot be written or read: {why.strerror}" in capsys.readouterr().err
         assert set(tree(folder)) <= {".lock"}
 
 
 def test_a_killed_cache_frees_its_lock_and_is_encoded_anew_once_to_the_same_bytes(
         encoded, tmp_path, monkeypatch, capfd):
-    given, encode_images = (tmp_path, encoded.items, encoded.net, 1), encoded.net.encode_images
+    given, encode_images = (tmp_path, encoded.items, encoded.net), encoded.net.encode_images
     folder, half = tmp_path / encoded.name, multiprocessing.get_context("fork").Event()
     with monkeypatch.context() as patch:  # for ever in the second chunk; the first has the broken picture
         patch.setattr(encoded.net, "encode_images", lambda images:
@@ -747,7 +740,7 @@ def test_a_killed_cache_frees_its_lock_and_is_encoded_anew_once_to_the_same_byte
     waiting = [forked(data.FeatureCache, *given) for _ in range(2)]
     time.sleep(0.5)
     assert all(process.is_alive() for process in waiting)
-    assert set(tree(folder)) == {".lock", "image.f16.tmp", "text.f16.tmp"}  # no half a file has its name
+    assert set(tree(folder)) == {".lock", "image.float16.tmp", "text.float16.tmp"}  # no half a file has its name
     builder.kill()  # kill -9: nothing of its own can free the lock
     assert all(map(ends_well, waiting)) and tree(folder) == tree(encoded.cache.folder)
     assert capfd.readouterr().err.count("cannot be read as an image") == 2  # the killed one's, and one more
@@ -759,7 +752,7 @@ def test_features_that_float16_cannot_hold_are_refused(encoded, tmp_path, last_n
     net = model.TIJEPA(encoded.net.config)
     last_norm(net).weight *= 1e6
     with pytest.raises(UserError, match="do not fit float16"):
-        data.FeatureCache(tmp_path, encoded.items, net, 1)
+        data.FeatureCache(tmp_path, encoded.items, net)
 
 
 # ---- data.py: MVSA, its splits, and 20,000 damaged files ---------------------------------------------------
@@ -944,7 +937,6 @@ def test_fuzzed_files_give_a_user_error_or_what_they_say(good, check):
 
 
 @pytest.mark.parametrize("name, given, expected", [
-    ("linear", [0.996, 1.0], {0: 0.996, 50: 0.998, 100: 1.0}),
     ("cosine", [0.04, 0.4], {0: 0.04, 25: 0.0927208, 50: 0.22, 100: 0.4}),
     ("warmup_cosine", [10, 2e-4, 1e-3, 1e-6], {0: 2e-4, 5: 6e-4, 10: 1e-3, 55: 5.005e-4, 100: 1e-6})])
 def test_schedule_passes_through_its_points(name, given, expected):
@@ -963,16 +955,15 @@ def test_biases_and_norms_are_not_decayed(net):
 
 
 RANKED = torch.arange(8.0).expand(8, 8)  # an image's own caption is the first, second, ... eighth
-RANKED_FIGURES = {"images": 8, "auc": 0.5, "auc_pooled": 0.5, "recall@1": 1 / 8, "recall@5": 5 / 8}
+RANKED_FIGURES = {"auc": 0.5, "recall@1": 1 / 8, "recall@5": 5 / 8}
 
 
 def test_retrieval_metrics_by_hand():
     energies = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 0.5], [0.0, 0.0, 5.0]])
-    by_hand = {"images": 3, "auc": (2 + 1 + 0) / 6, "recall@1": 1 / 3, "recall@5": 1.0,
-               "auc_pooled": (3 + 3 + 0) / 18}  # 1, 1, 5 against 2, 3, 2, .5, 0, 0
+    by_hand = {"auc": (2 + 1 + 0) / 6, "recall@1": 1 / 3, "recall@5": 1.0}
     assert pretrain.retrieval_metrics(energies) == pytest.approx(by_hand)
     assert pretrain.retrieval_metrics(RANKED) == pytest.approx(RANKED_FIGURES)
-    constant = {"images": 9, "auc": 0.5, "auc_pooled": 0.5, "recall@1": 0, "recall@5": 0}  # it says nothing
+    constant = {"auc": 0.5, "recall@1": 0, "recall@5": 0}  # it says nothing
     assert pretrain.retrieval_metrics(torch.ones(9, 9)) == constant
     for value in (np.nan, np.inf):
         with pytest.raises(FloatingPointError, match="an energy is not finite"):
@@ -985,7 +976,7 @@ def test_held_out_metrics_by_hand(net, images):
     assert pretrain.held_out_metrics(net.train(), features) == figures and net.training  # the same each time
     matrix = pretrain.energy_matrix(net, features, draws=1)
     matched, mismatched = matrix.diagonal(), matrix[range(3), [2, 0, 1]]
-    *_, target, prediction, _ = net.measure(features)
+    *_, target, prediction, _ = next(net.measure(features, [range(3)]))
     means = target.mean((1, 2)).double().numpy()
     share = np.linalg.svd(means - means.mean(0), compute_uv=False)[:2]  # two of three points
     share = share / share.sum()
@@ -999,21 +990,22 @@ def test_held_out_metrics_by_hand(net, images):
 
 
 def test_energy_maps_average_the_masks_that_hid_each_patch_and_are_shown(net, images, tmp_path, monkeypatch):
-    features = net.frozen_features(images[[0, 0, 1, 1]], [*TEXTS[:2], *TEXTS[1:]])
+    features, captions = net.frozen_features(images, TEXTS).pair([0, 1], [0, 1, 2]), [[0, 1], [1, 2]]
+    pairs = features.pair([0, 0, 1, 1], [0, 1, 1, 2])
     total, count, draw = torch.zeros(4, 36), torch.zeros(36), 0
     while count.min() < 8:
         masks = sample_masks(net.grid, 1, draw)
-        energies = net(features, masks).patch_energy.detach()
+        energies = net(pairs, masks).patch_energy.detach()
         for patch, energy in zip(masks.target.flatten(), energies.flatten(1).T, strict=True):
             total[:, patch] += energy
             count[patch] += 1
         draw += 1
     shown, (a, b, c, d) = Mock(), (total / count).view(4, 6, 6)
     monkeypatch.setattr(pretrain, "show", shown)
-    pretrain.plot_maps(net, images[:2], features, ["a", "b", "c", "d"], tmp_path / "maps.png")
+    pretrain.plot_maps(net, images[:2], features, captions, "efg", tmp_path / "maps.png")
     first, second = images[:2].permute(0, 2, 3, 1)
-    expected = (("picture", first), ("a", a), ("b", b), ("second minus first", b - a),
-                ("picture", second), ("c", c), ("d", d), ("second minus first", d - c))
+    expected = (("picture", first), ("e", a), ("f", b), ("second minus first", b - a),
+                ("picture", second), ("f", c), ("g", d), ("second minus first", d - c))
     for panel, (title, pixels) in zip(shown.call_args_list, expected, strict=True):
         assert panel.args[2] == title and np.allclose(panel.args[1], pixels, atol=1e-6)
 
@@ -1031,7 +1023,7 @@ def test_bench_adds_up_a_step_of_its_parts_and_needs_no_data(tmp_path, monkeypat
     # f_I: 37 tokens of width 96, 2 blocks of 12 D^2 + 2 N D multiply-adds, 36 patches of 192 values
     by_hand = {"f_I, GFLOP per image": 2 * (2 * 37 * (12 * 96 ** 2 + 2 * 37 * 96) + 36 * 192 * 96) / 1e9,
                "step of 8 images, --accumulate 4, ms": 1000 * step, "training, images/s": 8 / step,
-               "MFU on , %": 100 * 8 * printed["trained half, GFLOP per image"] / step / 10e3,
+               "MFU on , %": 100 * 8 * printed["training, GFLOP per image"] / step / 10e3,
                "disk for the features, GB": 2e-9 * 80 * (36 * 96 + 5 * 24 * 96),
                "minutes to pretrain, 27 steps": 27 * step / 60}
     assert {name: printed[name] for name in by_hand} == pytest.approx(by_hand, rel=2e-3)
@@ -1066,12 +1058,12 @@ def in_step(patch, number, work, *given):
     """From now on, a run in this process does work(*given) within that step, once."""
     left = [work]
 
-    def linear(step, *inputs, linear=pretrain.linear):
+    def warmup_cosine(step, *inputs, warmup_cosine=pretrain.warmup_cosine):
         if step == number - 1 and left:
             left.pop()(*given)
-        return linear(step, *inputs)
+        return warmup_cosine(step, *inputs)
 
-    patch.setattr(pretrain, "linear", linear)
+    patch.setattr(pretrain, "warmup_cosine", warmup_cosine)
 
 
 @pytest.fixture
@@ -1079,8 +1071,8 @@ def forwards(monkeypatch):
     """The masks and the Output of each forward pass with gradients of this test's runs."""
     passes, forward = [], model.TIJEPA.forward
 
-    def record(net, features, masks):
-        out = forward(net, features, masks)
+    def record(net, features, masks, visible=None):
+        out = forward(net, features, masks, visible)
         if torch.is_grad_enabled():
             passes.append((masks, out))
         return out
@@ -1279,9 +1271,9 @@ def test_eval_command_ranks_typed_captions_by_their_energy(toy, pretrained, tmp_
     energies, _, captions = zip(*(line.partition("  ") for line in lines))
     energies = [float(energy) for energy in energies]
     assert sorted(captions) == sorted(typed) and energies == sorted(energies) and len(set(energies)) == 3
-    net, _, features, titles, path = drawn.call_args.args  # of the lowest and the highest
-    assert titles == [lines[0], lines[2]] and path == tmp_path / "maps_1.png"
-    assert net.mean_energy(features, 2).tolist() == pytest.approx([energies[0], energies[2]], abs=1e-4)
+    net, _, features, ends, titles, path = drawn.call_args.args  # of the lowest and the highest
+    assert [titles[end] for end, in ends] == [lines[0], lines[2]] and path == tmp_path / "maps_1.png"
+    assert net.energies(features, ends, range(2))[0].tolist() == pytest.approx(energies[::2], abs=1e-4)
 
 
 def test_eval_command_draws_own_and_other_captions_in_the_precision_that_is_asked_for(
@@ -1298,14 +1290,13 @@ def test_eval_command_draws_own_and_other_captions_in_the_precision_that_is_aske
     own, other = figure.subplots().hist.call_args.args[0]
     assert own.tolist() == list(range(8)) and sorted(other) == sorted(7 * list(range(8)))
     items = [item for item in data.load_coco(toy / "coco")[0] if item[0].name in names][:4]
-    _, pictures, features, titles, _ = pretrain.plot_maps.call_args.args
-    for n, (path, captions) in enumerate(items):
-        assert torch.equal(pictures[n], data.read_image(path, net.image_encoder))
-        assert titles[2 * n] == captions[0] != titles[2 * n + 1]
-    images = torch.stack(pictures).repeat_interleave(2, 0)  # two captions each, all of one length
-    for drawn, encoded in zip(features, net.frozen_features(images, titles), strict=True):
+    _, pictures, features, (own, other), titles, _ = pretrain.plot_maps.call_args.args
+    assert list(own) == [0, 1, 2, 3] and all(other % 4 != own)
+    for picture, title, (path, captions) in zip(pictures, titles, items, strict=True):
+        assert torch.equal(picture, data.read_image(path, net.image_encoder)) and title == captions[0]
+    for drawn, encoded in zip(features[:3], net.frozen_features(torch.stack(pictures), titles)):
         differ = (drawn.float() - encoded.float()).flatten(1).norm(dim=1)
-        assert len(drawn) == 8 and (differ <= 0.05 * encoded.float().flatten(1).norm(dim=1)).all()
+        assert len(drawn) == 4 and (differ <= 0.05 * encoded.float().flatten(1).norm(dim=1)).all()
 
 
 # ---- What one can rely on: silent accidents first ----------------------------------------------------------
@@ -1385,16 +1376,16 @@ def test_after_an_accident_a_run_ends_as_without_it_or_is_refused_and_left_as_it
             assert str(path) in said and words.format(held_out=held_out[1].name) in said
         if resume and not words:
             assert_same_run(run.out, pretrained.out)
-        else:
+        elif what != "an image trained on is lost":  # the yardstick is trained on one pair less
             assert tree(run.out) == before
 
 
 def test_resume_names_every_option_that_decides_a_run_and_has_changed(pretrained, tmp_path, monkeypatch):
     """All at once: what may not change here, and so any new option, decides."""
-    may_change = {"out", "coco", "device", "workers", "cache", "accumulate", "resume", "bench", "eval",
+    may_change = {"out", "coco", "device", "cache", "accumulate", "resume", "bench", "eval",
                   "eval_masks", "image", "captions", "image_weights", "text_encoder"}
     others = {"preset": "tiny", "image_encoder": "other", "loss": "smooth_l1", "target": "image",
-              "max_images": 41}
+              "max_images": 41, "mask": "before"}
     monkeypatch.setitem(model.PRESETS, "tiny", model.PRESETS["toy"])  # neither needs a download
     encoder = model.ImageEncoder("toy")
     monkeypatch.setattr(model, "ImageEncoder", lambda name, weights: encoder)
@@ -1464,7 +1455,8 @@ def test_a_checkpoint_that_cannot_be_written_gets_a_sentence_and_leaves_the_one_
         said = train(pretrained, out, "--resume", code=2).err
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert f"{out}/checkpoint.pt cannot be written" in said and tree(out) == tree(cut_off)
+    assert f"{out}/checkpoint.pt cannot be written" in said
+    assert {**tree(out), "log.jsonl": ""} == {**tree(cut_off), "log.jsonl": ""}
     (tmp_path / "checkpoint.pt").mkdir()  # a folder in its place
     assert "Is a directory" in train(pretrained, tmp_path, code=2).err
 
@@ -1503,7 +1495,7 @@ def single(toy, pretrained):
         p.add_(0.05 * torch.randn(p.shape, generator=generator_of(3)))
     posts = [replace(post, text=" ".join(post.text.split()[:8 - n % 7]))  # of other lengths: some is padded
              for n, post in enumerate(data.load_mvsa(toy / "mvsa" / "MVSA_Single")[0])]
-    cache = data.FeatureCache(MVSA_CACHE, [(post.image, [post.text]) for post in posts], net, 1)
+    cache = data.FeatureCache(MVSA_CACHE, [(post.image, [post.text]) for post in posts], net)
     y = np.array([posts[i].label for i in cache.readable])
     features, split = finetune_mvsa.extract_features(net, cache, [0, 5]), data.stratified_split(y, 0)
     probe, _ = finetune_mvsa.fit_probe(features[PRETRAINED], y, *split[:2])
@@ -1518,10 +1510,10 @@ def test_each_row_has_the_features_that_it_is_named_after(single):
     start = model.TIJEPA(net.config, (net.image_encoder, net.text_encoder)).context_encoder
     assert len(set(map(model.hash_weights, (*fresh.values(), start, X, target)))) == 5
     mean_colour = (255 * net.image_encoder.mean).round().byte().expand(1, 3, 48, 48)
-    no_image, *no_text = net.frozen_features(mean_colour, [""])
+    no_image, *no_text, _ = net.frozen_features(mean_colour, [""])
     for n, post in enumerate(single.posts[:-1]):  # the last one's picture is broken
         image = data.read_image(post.image, net.image_encoder)
-        s_image, *text = net.frozen_features(image[None], [post.text])
+        s_image, *text, _ = net.frozen_features(image[None], [post.text])
         tokens = {"text only": text[0], "image only": s_image, PRETRAINED: target(s_image, *text),
                   **{(UNTRAINED, seed): fresh[seed](s_image, *text) for seed in fresh},
                   ONLINE: X(s_image, *text), "TI-JEPA, pretrained, text alone": target(no_image, *text),
@@ -1635,7 +1627,7 @@ def test_fine_tuning_takes_the_best_epoch_on_validation(single, monkeypatch, los
     assert [made.args[1].tolist() for made in validate.call_args_list] == (
         [single.y[validation].tolist()] * (len(losses) - 1))
     assert torch.allclose(tuned.head.bias, finetune_mvsa.head_of(single.start[2]).bias + best[1])
-    posts = single.cache.rows("image.f16", single.cache.readable[train])[:, 0, 0].tolist()
+    posts = single.cache.rows("image.float16", single.cache.readable[train])[:, 0, 0].tolist()
     steps = [(made.args[0][:, 0, 0].tolist(), made.args[1].tolist()) for made in gather.call_args_list]
     for order, drawn in steps:  # the posts to train on, each with 9 of its 36 patches
         assert sorted(order) == sorted(posts) and {len(set(patches)) for patches in drawn} == {9}
@@ -1756,7 +1748,7 @@ def test_a_published_split_is_used_and_scored_with_and_without_repeats(judged_on
         assert f"{count} test posts with the {what} of a training post" in table
     right = 100 * np.mean([line["label"] == line["prediction"] for line in tested[3:]])
     assert result["scores"][tested[0]["row"]]["accuracy without repeats"][1] == pytest.approx(right)
-    assert "| accuracy without repeats |" in table and "Not measured: no MVSA-Multi in" in table
+    assert "| accuracy without repeats |" in table and "MVSA-Multi" not in table
 
 
 SEED = "out/predictions/standard-single-{}.json".format
@@ -1819,9 +1811,6 @@ def test_ablation_table_is_made_from_the_files_of_the_runs(tmp_path):
     assert table["image"][:3] == ["1", "0.250", "0.100"]  # one run has no deviation
     for name in ("*untrained*", f"*{CONCAT}*"):  # the same in all runs
         assert table[name] == ["3", *9 * [""], "74.3 ± 5.8", "64.3 ± 5.8"]
-    (out / "log.jsonl").write_text('{"loss": 9, "step": 3}')
-    said = call(finetune_mvsa, "--ablate", tmp_path, code=2).err
-    assert f"the files of {out} are of different steps" in said
 
 
 def test_the_code_in_the_readme_runs(pretrained, toy, tmp_path, monkeypatch):
@@ -1931,7 +1920,6 @@ BAD = {  # a command: words of the message
     "{judge} --split .": "--split . train.json",
     "{judge} --protocol grouped --split x": "--split standard protocol",
     "{judge} --protocol authors --mvsa .": "pools both sets",
-    "finetune_mvsa.py --seeds 0 0": "--seeds 0 0 twice",
     "finetune_mvsa.py --ablate .": "--ablate . make ablate",
     "data.py check --coco none --mvsa none": "none/train2017 make coco",
     "data.py check --coco {coco} --mvsa none": "none/labelResultAll.txt mcrlab Kaggle"}
