@@ -365,8 +365,8 @@ def make_table(results, config, args, start_share):
         pool = " of the pool, upsampled" if args.protocol == "authors" else ""
         notes = "".join(f"; {count} {what}" for what, count in result["split_notes"].items())
         skipped = data.describe(result["skipped"])
-        parts += [f"## {NAMES[kind]}", f"{result['posts']} posts, skipped: {skipped}; train, validation, test "
-                                       f"{result['split_sizes']}{pool}{notes}"]
+        parts += [f"## {NAMES[kind]}", f"{result['posts']} posts, skipped: {skipped}; train, validation, "
+                                       f"test {result['split_sizes']}{pool}{notes}"]
         columns = [key for key in last if key != "confusion"]
         table = [(row, *(mean_std(one[key]) for key in columns)) for row, one in result["scores"].items()]
         reported = "TI-JEPA-Large, *reported* in the paper, not measured here", *REPORTED[kind]
