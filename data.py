@@ -1,8 +1,8 @@
 """The data: COCO captions, MVSA posts, splits, the feature cache, the toy world, downloads.
 
-    python data.py toy DIR                      write toy data in the official layouts: DIR/coco and DIR/mvsa
-    python data.py check --coco DIR --mvsa DIR  look for both, and say what is missing and where to get it
-    python data.py coco DIR --images 10000      fetch COCO's captions and its first 10,000 images (0: all)
+    python data.py toy DIR                      write toy data in the official layouts: DIR/coco, DIR/mvsa
+    python data.py check --coco DIR --mvsa DIR  look for both, and say what is missing
+    python data.py coco DIR --images 10000      fetch COCO's captions and first 10,000 images (0: all)
 """
 import argparse
 import fcntl
@@ -48,8 +48,8 @@ NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Lookup
 
 # ---- COCO: pictures, captions, the order of an epoch, the held-out images ----
 def read_image(path, encoder):
-    """Path -> pixels uint8 [3, H, W], upright, squashed (as in the authors' scripts) to the size that f_I
-    `encoder` takes: captions are about the edges, too. Raises UserError for what Pillow cannot decode."""
+    """Path -> pixels uint8 [3, H, W], upright, squashed (as the authors do) to the size that f_I `encoder`
+    takes: captions are about the edges, too. Raises UserError for what Pillow cannot decode."""
     (height, width), method = encoder.input_size, Image.Resampling[encoder.interpolation.upper()]
     content = read_file(Path(path))
     if content is None:
@@ -124,12 +124,12 @@ ENCODE_BATCH = 32  # images, or texts, in one pass of f_I or f_T
 
 class FeatureCache:
     """The float16 features of `items` (path, texts), in a folder below `root`; encoded if they are not there.
-    The folder is named by a hash of the encoders, the precision, and the contents of pictures and texts, read
-    at each start: a copy of the data needs no new cache, and other data never meet an old one. With `pixels`
-    it has the decoded pictures, too.
+    The folder is named by a hash of encoders, precision, pictures and texts, read at each start: a copy of
+    the data needs no new cache, and other data never meet an old one. With `pixels` it has the decoded
+    pictures, too.
 
-    `readable`, `unreadable`: indices of items whose picture can be decoded, or not. `digests`: hashes of the
-    items. `first` [I + 1]: each item's first text. `offsets` [texts + 1]: each text's first token.
+    `readable`, `unreadable`: indices of items whose picture can be decoded, or not. `digests`: their hashes.
+    `first` [I + 1]: each item's first text. `offsets` [texts + 1]: each text's first token.
     """
 
     def __init__(self, root, items, net, pixels=False):
@@ -172,10 +172,9 @@ class FeatureCache:
                 texts = [text for _, captions in chunk for text in captions]
                 for file, rows in zip(files, self.encode(pictures, texts)):
                     file.write(rows.numpy().tobytes())
-            assert [file.tell() for file in files] == [*sizes.values()]  # or rows are misplaced
 
     def decode(self, item):
-        """An item's picture -> uint8 [3, H, W], or None if it is no image."""
+        """An item's picture -> uint8 [3, H, W], or None for no image."""
         try:
             return read_image(item[0], self.net.image_encoder)
         except UserError as error:
@@ -260,8 +259,8 @@ def merge_labels(text, image):
 
 
 def read_labels(path):
-    """labelResultAll.txt, with a pair text,image by each annotator, one in Single and three in Multi ->
-    "single" or "multi", {id: label} of the posts to use, {id: reason} of the others. Raises UserError."""
+    """labelResultAll.txt, a pair text,image by each annotator, one in Single, three in Multi -> "single" or
+    "multi", {id: label} of the posts to use, {id: reason} of the others. Raises UserError."""
     text = (read_file(path) or b"").decode("utf-8-sig", "replace")  # other bytes match no pattern
     lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
     (_, header), *rows = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()] or [(1, "")]
@@ -287,8 +286,8 @@ def read_labels(path):
 
 
 def find_mvsa(root):
-    """Folder -> {"single": folder, "multi": folder}, or one of them: `root`, or up to two levels below, by
-    any name: the label file's header tells the set. Raises UserError for none, or two of one set."""
+    """Folder -> {"single": folder, "multi": folder}, or one of them: `root` or up to two levels below. The
+    label file's header tells the set. Raises UserError for none, or two of one set."""
     folders, levels = {}, ("labelResultAll.txt", "*/labelResultAll.txt", "*/*/labelResultAll.txt")
     for path in sorted(path for level in levels for path in Path(root).glob(level)):
         kind = read_labels(path)[0]
@@ -301,7 +300,7 @@ def find_mvsa(root):
 
 
 def load_mvsa(folder):
-    """One MVSA folder -> posts in the label file's order, Counter of what was skipped. Decodes no image."""
+    """One MVSA folder -> posts in the label file's order, Counter of what was skipped."""
     path = Path(folder) / "labelResultAll.txt"
     kind, labels, dropped = read_labels(path)
     posts, skipped = [], Counter(dropped.values())
@@ -326,8 +325,8 @@ def decode_text(content):
 
 
 def stratified_split(labels, seed, groups=None):
-    """Labels [P] -> indices of train, validation and test, 8:1:1, all with the same shares of classes; with
-    `groups` [P] no group is divided, and the shares are near. UserError if a class is too small."""
+    """Labels [P] -> indices of train, validation and test, 8:1:1, with the same shares of classes; with
+    `groups` [P] no group is divided, and shares are near. Raises UserError if a class is too small."""
     labels, posts = np.asarray(labels), np.arange(len(labels))
     try:
         if groups is not None:
@@ -354,8 +353,8 @@ def random_split(labels, seed):
 
 
 def clmlf_split(folder, posts):
-    """CLMLF's train.json, dev.json and test.json, in `folder` or below (of several: where the path names the
-    set of `posts`) -> indices of each, Counter of what does not match. Raises UserError."""
+    """CLMLF's train.json, dev.json, test.json, in `folder` or below (of several: whose path names the set of
+    `posts`) -> indices of each, Counter of what does not match. Raises UserError."""
     folder, kind = Path(folder), posts[0].set
     homes = [path.parent for path in folder.rglob("train.json")]
     homes = [home for home in homes if kind in str(home.relative_to(folder)).lower()] or homes
@@ -381,8 +380,8 @@ def clmlf_split(folder, posts):
 
 
 def post_keys(post):
-    """Two posts that share one of these are repeats: the image's bytes; the words, if there are any, without
-    what changes when a post is sent again: links, mentions, punctuation and case."""
+    """Posts that share one of these are repeats: the image's bytes; the words, if any, without what changes
+    when a post is sent again: links, mentions, punctuation and case."""
     text = re.sub(r"https?\S+|www\.\S+|\brt\s+@\w+|@\w+", " ", post.text.lower())
     words = " ".join(re.sub(r"[\W_]+", " ", text).split())
     return [("image", digest(read_file(post.image)))] + [("words", words)] * bool(words)
@@ -406,9 +405,9 @@ def duplicate_groups(posts):
 # ---- The toy world ----
 
 # A picture is four things on grey, two above two, each of one of 3 colours in one of 3 patterns, all equally
-# likely: only the caption, which names the four in reading order, tells a masked one. A colour has 12 words,
-# whose meaning is seen only beside pictures, and a mood. A post's picture has the mood of most of its things,
-# its text that of the thing it names first, drawn independently. The label, by MVSA's rules, needs both.
+# likely: only the caption, which names the four in reading order, tells a masked one. A colour has 12 words
+# and a mood. A post's picture has the mood of most of its things, its text that of the thing it names first,
+# drawn independently. The label, by MVSA's rules, needs both.
 
 COLOURS = (  # in the order of LABELS: the moods
     ((60, 200, 60), "green lime olive emerald jade moss fern mint sage pine grass forest".split()),
@@ -451,7 +450,7 @@ def write_toy_coco(root, count, rng):
 
 
 def write_toy_mvsa(root, count, voters, rng):
-    """MVSA's layout: `count` usable posts, conflicts, missing majorities (Multi), a broken image, GBK."""
+    """MVSA's layout: `count` usable posts, conflicts, no majorities (Multi), a broken image, GBK."""
     folder = root / "data"
     rows, usable = [["ID"] + ["text,image"] * voters], 0
     while usable < count:
@@ -479,7 +478,7 @@ def write_toy_mvsa(root, count, voters, rng):
 
 
 def write_toy(root, images=1100, posts=1000):
-    """Write coco/ and mvsa/, always the same bytes, unless they are there. Raises UserError if others are."""
+    """Write coco/ and mvsa/, always the same bytes, unless they are there. UserError if others are."""
     recipe = json.dumps({"images": images, "posts": posts}).encode()
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -518,8 +517,8 @@ def fetch(url):
 
 
 def fetch_coco(root, images):
-    """Fetch the captions and images that load_coco(root, images) takes, 16 at a time, unless they are there.
-    Raises UserError for the first that fails; what was fetched is on the disk, and fetched no more."""
+    """Fetch what load_coco(root, images) takes, 16 images at a time, unless it is there. Raises UserError for
+    the first that fails; what was fetched is kept."""
     def get(path):
         atomic_write(path, fetch(f"{COCO_URL}/train2017/{quote(path.name)}"))
 
@@ -538,21 +537,20 @@ def fetch_coco(root, images):
             list(tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing))
 
 
-def run_command(command, memory):
-    """command() -> its exit code; or, after a sentence, 2 for what the user can mend (`memory`: options to
+def run_command(command, memory="the load of this machine"):
+    """command() -> its exit code; or, after a sentence, 2 for what the user can mend (`memory`: what to
     lower), 1 for a number that is not finite, 130 for Ctrl-C."""
     code = 2
     try:
         return command() or 0
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; finished caches and seeds and the last checkpoint are on the disk"
+        code, text = 130, "interrupted; what was finished is on the disk"
     except FloatingPointError as error:
         code, text = 1, error
     except UserError as error:
         text = error
     except OSError as error:
-        text = (f"{error.filename or 'a file'} cannot be written or read: {error.strerror or error}; "
-                "mend it, or name another folder (--out, --cache)")
+        text = f"{error.filename or 'a file'} cannot be written or read: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
@@ -563,7 +561,7 @@ def run_command(command, memory):
 
 @contextmanager
 def locked(folder, wait=False):
-    """Make a folder and hold its lock, which any end of the process frees. If taken, wait, or UserError."""
+    """Make a folder and hold its lock, which any end of the process frees. If taken: wait, or UserError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as lock:
         try:
@@ -577,8 +575,8 @@ def locked(folder, wait=False):
 
 
 def read_file(path):
-    """The bytes of a file, or None if there is none, or a folder, or a pipe, which would never end. Raises an
-    OSError with its name if it cannot be read."""
+    """The bytes of a file, or None for none, a folder, or a pipe, which would never end. Raises an OSError
+    with its name if it cannot be read."""
     try:
         return path.read_bytes() if path.is_file() else None
     except OSError as error:
@@ -588,7 +586,7 @@ def read_file(path):
 
 @contextmanager
 def replacing(path):
-    """A file to write bytes to, which takes the place of `path` when the block ends: never half written."""
+    """A file to write bytes to, which replaces `path` when the block ends: never half written."""
     part = path.with_name(path.name + ".tmp")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -638,7 +636,7 @@ def number(kind, least, most=sys.float_info.max):
 
 
 def check(coco, mvsa):
-    """Raises UserError for what is missing of the two data sets, before hours are spent on one of them."""
+    """Raises UserError for what is missing, before hours are spent on one of the two."""
     load_coco(coco)
     for folder in find_mvsa(mvsa).values():
         load_mvsa(folder)
@@ -649,16 +647,16 @@ def run(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data")
-    toy.add_argument("root", metavar="dir", type=Path, help="folder to make; gets coco/ and mvsa/")
+    toy.add_argument("root", metavar="dir", type=Path, help="folder to make")
     both = commands.add_parser("check", help="look for the data")
     both.add_argument("--coco", required=True, help="folder with train2017/ and annotations/")
     both.add_argument("--mvsa", required=True, help="folder with one or both MVSA sets")
     coco = commands.add_parser("coco", help="fetch COCO 2017's captions and images")
-    coco.add_argument("root", metavar="dir", type=Path, help="folder to make; gets train2017/, annotations/")
+    coco.add_argument("root", metavar="dir", type=Path, help="folder to make")
     coco.add_argument("--images", **number(int, 0), default=10000, help="how many (10000; 0: all, 19 GB)")
     options = vars(parser.parse_args(argv))  # but for the command, the function's arguments
     function = {"toy": write_toy, "check": check, "coco": fetch_coco}[options.pop("command")]
-    return run_command(lambda: function(**options), "the number of other programs")
+    return run_command(lambda: function(**options))
 
 
 if __name__ == "__main__":

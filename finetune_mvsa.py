@@ -90,8 +90,8 @@ def batches(cache, rows):
 
 @torch.no_grad()
 def extract_features(net, cache, seeds):
-    """The frozen features of all readable posts: {row: array [P, D]}, where the row of the untrained X~ is
-    (row, seed). The empty picture is f_I's mean colour, the empty text has no words."""
+    """The frozen features of all readable posts: {row: array [P, D]}; of the untrained X~ (row, seed). The
+    empty picture is f_I's mean colour, the empty text has no words."""
     encoders = {(UNTRAINED, seed): untrained(net, seed) for seed in seeds}
     encoders |= {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
     colour = (255 * net.image_encoder.mean).round().to(torch.uint8)  # [3, 1, 1]
@@ -113,8 +113,8 @@ def extract_features(net, cache, seeds):
 
 
 def split_posts(posts, args):
-    """Posts -> {seed: indices of train, validation, test}, notes for the table {what: how many}, and with
-    --split the test posts that repeat a training post."""
+    """Posts -> {seed: indices of train, validation, test}, notes {what: how many}, and with --split the test
+    posts that repeat a training post."""
     labels, groups, notes = [post.label for post in posts], None, {}
     if args.split:
         parts, notes = data.clmlf_split(args.split, posts)
@@ -153,7 +153,7 @@ def probabilities_of(probe, x):
 
 
 def head_of(probe):
-    """A fitted probe -> the same function of features that are not standardised: a Linear to 3 logits."""
+    """A fitted probe -> the same of features that are not standardised: a Linear to 3 logits."""
     scaler, regression = probe
     weight = regression.coef_ / scaler.scale_
     bias = regression.intercept_ - weight @ scaler.mean_
@@ -174,7 +174,7 @@ def validate(probabilities, y):
 
 
 class Classifier(torch.nn.Module):
-    """An encoder (X~, X or untrained) and a linear head on the mean of its tokens, which starts as the probe:
+    """An encoder (X~, X or untrained) and a linear head on its mean token, which starts as the probe:
     a random head would spoil the features in the first steps (Kumar et al. 2022)."""
 
     def __init__(self, net, encoder, probe):
@@ -192,8 +192,8 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
     """Train encoder and head from the probe on -> Classifier, its choice. A step takes a few random patches:
     no token of X depends on the others, so their mean is an unbiased estimate of the mean over all.
 
-    Each learning rate is tried until the first epoch with a higher cross-entropy on validation (of a few
-    hundred posts, accuracy hardly tells two epochs apart). The best epoch is taken; epoch 0 is the probe."""
+    Each learning rate is tried until the first epoch with a higher cross-entropy on validation (accuracy
+    hardly tells two epochs apart). The best epoch is taken; epoch 0 is the probe."""
     best = Classifier(net, encoder, probe).state_dict()
     probe_loss, choice = choice["loss"], {**choice, "lr": None, "epoch": 0}
     for lr in LEARNING_RATES:
@@ -234,8 +234,8 @@ def predict(classifier, cache, part):
 
 
 def predict_rows(net, cache, features, y, split, seed, probes, args):
-    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}. `probes` has
-    those already fitted on this split: all seeds share them, but for the untrained X~."""
+    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}. `probes` are
+    those fitted on this split: all seeds share them, but for the untrained X~."""
     train, validation, test = split
     probabilities, choices = {}, {}
     for row in [row for mode in ROWS if mode in args.mode for row in ROWS[mode]]:
@@ -259,7 +259,7 @@ def predict_rows(net, cache, features, y, split, seed, probes, args):
 
 # ---- Predictions -> scores. Before this, test labels only stratify splits ----
 def score(y, predicted, seeds):
-    """Labels, predictions and seeds [T] -> {score: [% of each seed], "confusion": [3, 3] of all seeds}."""
+    """Labels, predictions, seeds [T] -> {score: [% of each seed], "confusion": [3, 3] of all seeds}."""
     scores = defaultdict(list)
     for seed in dict.fromkeys(seeds):  # in their order
         pair = y[seeds == seed], predicted[seeds == seed]
@@ -282,8 +282,7 @@ def bootstrap(gains, posts, draws=2000):
 
 def judge(net, loaded, results, lines, args):
     """Split `loaded` {set: (posts, skipped)} as one pool, predict, score: fills `results` {set: its part of
-    results.json} and the `lines` of predictions.csv. A seed's predictions in OUT/predictions are reused if
-    they were made from the same."""
+    results.json} and the `lines` of predictions.csv. Predictions made from the same are reused."""
     posts = [post for of_set, _ in loaded.values() for post in of_set]
     cache = data.FeatureCache(args.cache, [(post.image, [post.text]) for post in posts], net)
     for i in cache.unreadable:
@@ -382,7 +381,7 @@ def make_table(results, config, args, start_share):
 
 def ablation_table(folder):
     """The runs in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation over seeds of pretraining
-    of each variant's last figures and of its accuracies, each a mean over splits. UserError for no run."""
+    of last figures and accuracies, each a mean over splits. Raises UserError for no run."""
     measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
     # {row: (its line, its column)}; what does not depend on pretraining is the same in all runs
     places = {PRETRAINED: ("", "X~"), ONLINE: ("", "X"), TUNED: ("", "X~ fine-tuned"),
@@ -443,21 +442,21 @@ def main(args):
             matrix.plot(ax=axis, cmap="Blues", colorbar=False).ax_.set_title(NAMES[kind])
         figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(set(args.seeds))} seeds", fontsize=9)
         figure.savefig(path.with_name(f"confusion{ending}.png"), dpi=100)
-        git = "git describe --always --exclude='*' --abbrev=40 --dirty=+ || echo none"  # +: changed since
-        code = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = f"git -C '{Path(__file__).parent}' describe --always --exclude='*' --abbrev=40 --dirty=+"
+        code = subprocess.getoutput(f"{git} 2>/dev/null || echo none")  # +: changed since that commit
         tools = ("torch", "timm", "transformers", "sklearn", "numpy")
         versions = {name: sys.modules[name].__version__ for name in tools}
         data.write_json(path, {  # the last file: when it is there, all are
             "sets": results, "args": vars(args), "seeds": args.seeds, "model": vars(net.config),
             "step": checkpoint["step"], "start_share": checkpoint["start_share"], "device": str(device),
-            "dtype": str(net.dtype), "code": code.stdout.strip(),
+            "dtype": str(net.dtype), "code": code,
             "versions": {"python": sys.version.split()[0], **versions}})
     print(f"\n{table}\nfinetune_mvsa: wrote {path.with_suffix('.md')} and the files beside it")
 
 
 def run(argv=None):
-    """The command line -> exit code, see data.run_command."""
-    return data.run_command(lambda: main(parse_args(argv)), "the number of other programs")
+    """The command line -> exit code."""
+    return data.run_command(lambda: main(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -357,9 +357,8 @@ class TIJEPA(nn.Module):
         """images [B, 3, H, W] uint8, B strings -> Features. Raises UserError for others."""
         shape = [len(texts), 3, *self.image_encoder.input_size]
         if list(images.shape) != shape or images.dtype != torch.uint8 or isinstance(texts, str):
-            name = self.config.image_encoder
-            raise UserError(f"pictures {list(images.shape)} {images.dtype} with {texts!r:.60}: {name} takes "
-                            f"B x {shape[1:]} of torch.uint8 with a list of B strings")
+            raise UserError(f"pictures {list(images.shape)} {images.dtype} with {texts!r:.60}: f_I and f_T "
+                            f"take B x {shape[1:]} of torch.uint8 with a list of B strings")
         images = images.to(self.device)
         return Features(self.encode_images(images), *self.encode_texts(texts), images)
 
@@ -620,7 +619,7 @@ OUT_OF_MEMORY = "out of memory|allocate memory"  # torch's own words, on a GPU a
 
 
 def pick_device(name="auto"):
-    """"auto" (cuda, mps or cpu, the first there is) or torch's name. Raises UserError if it is not there."""
+    """"auto" (cuda, mps or cpu, the first there is) or torch's name. Raises UserError."""
     if name == "auto":  # torch warns of a GPU whose driver is too old
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

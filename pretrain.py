@@ -11,18 +11,18 @@ log.jsonl: a line each --log_every steps, printed at once, written with checkpoi
     step, epoch        optimiser steps and passes over the images done
     loss               mean of the loss since the last line; no evidence: it also falls in a collapse
     lr, wd, momentum   learning rate, weight decay and EMA momentum of this step
-    start_share        share of its random start that is still in X~: the product of all momenta so far
+    start_share        share of its random start that is still in X~: the product of all momenta
     grad_norm          norm of all gradients of this step before clipping; null if it is not finite
-    skipped_steps      steps so far that the GradScaler skipped, as their gradients overflowed float16
-    images_per_s, data_wait   images trained on per second, and share of time spent waiting for features
+    skipped_steps      steps that the GradScaler skipped, as their gradients overflowed float16
+    images_per_s, data_wait   speed, and share of time spent waiting for features
 
 and of the held-out images, with the same masks each time (these are the evidence):
 
     energy_matched     mean energy of the images with their own captions
     energy_mismatched  the same with the caption of another image; the gap is what the caption brings
     pair_accuracy      share of images whose own caption has the lower energy of the two: 0.5 is chance
-    energy_position    the energy of predicting the other images' mean target at each position: an energy as
-                       high means that neither the visible patches nor the caption is of use
+    energy_position    the energy of predicting the other images' mean target at each position: as high an
+                       energy means that neither visible patches nor caption are of use
     target_std, prediction_std   mean std of each over the images: at most about 1; 0 is collapse
     target_rank        effective rank of the images' mean targets: near 1 is dimensional collapse
 
@@ -69,13 +69,12 @@ START_WD, FINAL_WD = 0.04, 0.4  # a cosine over all steps
 # Training defaults of the presets; the paper's three follow the authors' script (batches of 10 x 60)
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, log_every=10)
 PRESETS = {
-    # So long that less than 5 % of its random start is left in X~ (tiny: with at least 900 images): about
-    # exp(-(1 - momentum) * steps / 2), as the momentum rises to 1
+    # So long that less than 5 % of its random start is left in X~: exp(-(1 - momentum) * steps / 2)
     "toy": dict(epochs=40, batch_size=32, log_every=124, momentum=0.994),
     "tiny": dict(epochs=30, batch_size=16, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
-# Options and parts of Config that --resume may find changed: of no effect, or compared by their contents
+# Options and parts of Config that --resume may find changed: of no effect, or compared by contents
 FREE = {"out", "coco", "device", "cache", "accumulate", "resume", "bench", "eval", "eval_masks",
         "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
 
@@ -88,7 +87,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(parents=[first], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.description = __doc__.split("\n\n")[0]
-    parser.epilog = f"Defaults shown: preset {preset}. With --eval, what is empty is as in the checkpoint."
+    parser.epilog = f"Defaults of preset {preset}; with --eval, what is empty is as in the checkpoint."
     add, config, number = parser.add_argument, model.PRESETS[preset], data.number
     add("--coco", default="", help="folder of COCO 2017 (empty: data/coco)")
     add("--out", default="", help=f"folder to write to (empty: out/{preset}, or the checkpoint's)")
@@ -114,9 +113,9 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
-    add("--log_every", **number(int, 1), help="steps between log lines; the first past an epoch's end saves")
+    add("--log_every", **number(int, 1), help="steps between log lines; one an epoch saves")
     add("--resume", action="store_true", help="resume from OUT/checkpoint.pt if it is there")
-    add("--bench", action="store_true", help="measure how long the preset takes, without data or download")
+    add("--bench", action="store_true", help="measure how long the preset takes; needs no data")
     add("--eval", default="", metavar="CHECKPOINT", help="measure the energies of this checkpoint")
     add("--eval_masks", **number(int, 1), default=2, help="with --eval: masks for each energy")
     add("--image", default="", help="with --eval and --captions: one image file")
@@ -278,14 +277,14 @@ def main(args):
         plot_curves(log, path.with_name("curves.png"))
         print(f"pretrain: wrote {path}; read {len(cache.readable)} images, skipped: {data.describe(skipped)}")
         if start_share > 0.05:
-            advice = "raise --epochs or lower --momentum"
-            print(f"warning: {start_share:.0%} of X~ is still its random start: {advice}", file=sys.stderr)
+            print(f"warning: {start_share:.0%} of X~ is still its random start: raise --epochs or lower "
+                  "--momentum", file=sys.stderr)
     return 0
 
 
 # ---- Does the energy mean anything? Held-out pairs, matched and mismatched ----
 def wins(own, other):
-    """Energies -> 1 where the own caption's is the lower, 0 where the other's is, 0.5 for a tie."""
+    """Energies -> 1 where the own caption's is the lower, 0 where not, 0.5 for a tie."""
     return torch.heaviside(other - own, own.new_tensor(0.5))
 
 
@@ -375,7 +374,7 @@ def contrastive_similarity(cache, train, held_out, seed, most_epochs=30):
 
 
 def evaluate(args):
-    """The --eval command: measure exactly the images that the checkpoint held out, print and write it."""
+    """The --eval command: measure the images that the checkpoint held out."""
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
     net.place(model.pick_device(args.device), args.dtype)
     folder = Path(args.out)
@@ -411,7 +410,7 @@ def evaluate(args):
 
 
 def rank_captions(args, net):
-    """--eval with a picture and captions: print their energies; draw maps_<image>.png of the ends."""
+    """--eval with a picture and captions: print their energies; draw maps_<image>.png."""
     picture = data.read_image(args.image, net.image_encoder)
     images = picture[None].to(net.device)
     features = model.Features(net.encode_images(images), *net.encode_texts(args.captions), images)
@@ -425,7 +424,7 @@ def rank_captions(args, net):
 
 # ---- A run: its model, its identity, its processes, its end ----
 def make_config(args, items):
-    """The model's Config by the arguments. Only the toy text encoder needs the captions: for their words."""
+    """The model's Config by the arguments. Only the toy text encoder needs the captions' words."""
     preset, words = model.PRESETS[args.preset], set()
     f_T = args.text_encoder or preset.text_encoder
     if f_T == "toy":
@@ -446,7 +445,7 @@ def build_optimizer(net):
 
 
 def run_identity(args, net, items, cache):
-    """All that decides how a run ends: {name: value}. --resume compares it."""
+    """All that decides how a run ends: {name: value}."""
     options = {f"--{name}": value for name, value in vars(args).items() if name not in FREE}
     config = {name: value for name, value in asdict(net.config).items() if name not in {*FREE, *vars(args)}}
     pairs = [(path.name, digest) for (path, _), digest in zip(items, cache.digests)]  # with captions
@@ -454,7 +453,7 @@ def run_identity(args, net, items, cache):
 
 
 def join_processes(args):
-    """(rank, world size, device) of this process: one for each GPU, or all on what --device names."""
+    """(rank, world size, device): a process for each GPU, or all on what --device names."""
     if not dist.is_torchelastic_launched():  # not by torchrun, whatever variables other launchers set
         return 0, 1, model.pick_device(args.device)
     own_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
@@ -475,7 +474,7 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
 
 
 def split_batch(args, rank, world_size):
-    """The slices of a batch that this process takes, one a forward pass, all equal. Raises UserError."""
+    """The equal slices of a batch that this process takes, one a forward pass. Raises UserError."""
     micro, remainder = divmod(args.batch_size, args.accumulate * world_size)
     if remainder:
         raise UserError(f"--batch_size {args.batch_size} is no multiple of --accumulate x processes")
@@ -487,7 +486,7 @@ def split_batch(args, rank, world_size):
 
 @contextmanager
 def catch_signals():
-    """Inside, Ctrl-C and SIGTERM are only noted in a list, for the loop; the next Ctrl-C ends the process."""
+    """Inside, Ctrl-C and SIGTERM are only noted in a list; the next Ctrl-C ends the process."""
     signals = []
 
     def note(number, frame):
@@ -502,13 +501,13 @@ def catch_signals():
 
 # ---- --bench: how long will it take here? ----
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by data sheet
-TOKENS = 24  # of a caption, padded to the longest of its batch (on the disk about half)
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "4090": 165}  # dense bf16, by data sheet
+TOKENS = 24  # of a caption, padded to the longest of its batch
 PARTS = ("masks", "forward", "backward", "optimiser", "EMA")  # of a step
 
 
 def bench(args, rounds=50, limit=20):
-    """The --bench command: time so many rounds or seconds on random features, and print what a run takes."""
+    """The --bench command: time so many rounds or seconds on random features; print what a run takes."""
     split_batch(args, 0, 1)  # refuses what training does
     pairs = args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
     steps = args.epochs * ((pairs - (args.held_out or 100)) // args.batch_size)
@@ -649,7 +648,7 @@ def plot_maps(net, pictures, features, captions, titles, path):
 
 
 def run(argv=None):
-    """The command line -> exit code, see data.run_command."""
+    """The command line -> exit code."""
     args = parse_args(argv)
     command = evaluate if args.eval else bench if args.bench else main
     if command is main and (not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"):

