@@ -12,7 +12,7 @@ MVSA := data/mvsa
 PRESET := $(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(MAKECMDGOALS)" = pretrain ] && echo small || echo toy)
 OUT := out/$(PRESET)
 # Passed on to both scripts: DEVICE=cpu, DTYPE=bfloat16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, CACHE=DIR. To pretrain.py:
-# IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image, SEED=N, GPUS=N processes, ARGS=any. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
+# IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image|whitened, SEED=N, GPUS=N processes, ARGS=any. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
 DEVICE := auto
 DTYPE := auto
 TOY := data/toy
@@ -63,10 +63,13 @@ sigreg := --sigreg 0.005
 no_ema := --momentum 0 --final_momentum 0
 shuffled := --shuffle_captions
 image_shuffled := --target image --shuffle_captions
-VARIANTS := plain image sigreg no_ema shuffled image_shuffled
+before := --target image --mask before
+before_shuffled := --target image --mask before --shuffle_captions
+recipe := --target whitened --mask before --visible 0.3
+VARIANTS := plain image sigreg no_ema shuffled image_shuffled before before_shuffled recipe
 RUNS := $(foreach variant,$(VARIANTS),$(foreach seed,0 1 2,out/ablate/$(variant)-$(seed)/results.json))
 
-ablate: packages ## what collapses and what does not: six variants x 3 seeds on the toy data, one table
+ablate: packages ## what collapses and what does not: nine variants x 3 seeds on the toy data, one table
 	@"$(PY)" data.py toy "$(TOY)"
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 PRESET=toy TARGET= SEED= EPOCHS= ARGS= $(RUNS)
 	@"$(PY)" finetune_mvsa.py --ablate out/ablate

@@ -1953,7 +1953,10 @@ TOY = "--device cpu --cache data/toy/cache"
 VARIANTS = {
     "out/ablate/plain": "", "out/ablate/image": "--target image", "out/ablate/sigreg": "--sigreg 0.005",
     "out/ablate/no_ema": "--momentum 0 --final_momentum 0", "out/ablate/shuffled": "--shuffle_captions",
-    "out/ablate/image_shuffled": "--target image --shuffle_captions"}
+    "out/ablate/image_shuffled": "--target image --shuffle_captions",
+    "out/ablate/before": "--target image --mask before",
+    "out/ablate/before_shuffled": "--target image --mask before --shuffle_captions",
+    "out/ablate/recipe": "--target whitened --mask before --visible 0.3"}
 MAKE = {  # what is asked of make: the commands that it would run
     "reproduce PRESET=tiny COCO=/c MVSA=/m": """
         python3 pretrain.py --preset tiny --coco /c --resume --out out/tiny
