@@ -27,12 +27,14 @@ import re
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
@@ -51,7 +53,7 @@ class Config:
     predictor_depth: int = 12
     predictor_dim: int = 384
     predictor_heads: int = 12
-    image_weights: str = ""  # a weight file for image_encoder; empty: timm's pretrained weights
+    image_weights: str = ""  # a weight file for image_encoder; empty: its pretrained weights from the hub
     loss: str = "mse"  # or "smooth_l1"
     target: str = "ema"  # predict X~'s tokens (the paper); "image": f_I's; "whitened": a linear map of f_I's
     mask: str = "after"  # f_I (the authors' code): X gets tokens that have seen all patches; or "before"
@@ -60,6 +62,7 @@ class Config:
 
 
 JEPA_14, JEPA_16 = "vit_huge_patch14_gap_224.in1k_ijepa", "vit_huge_patch16_gap_448.in1k_ijepa"
+ON_HUB = {JEPA_14: "facebook/ijepa_vith14_1k", JEPA_16: "facebook/ijepa_vith16_1k"}  # timm has 10 GB files
 GTE_BASE, GTE_LARGE = (f"alibaba-nlp-community/gte-{size}-en-v1.5" for size in ("base", "large"))
 MINI_LM = "sentence-transformers/all-MiniLM-L6-v2"
 PRESETS = {
@@ -459,8 +462,9 @@ def effective_rank(features):
 
 # ---- f_I and f_T: frozen ----
 class ImageEncoder(nn.Module):
-    """f_I: a timm ViT without its classifier, with timm's pretrained weights or those of the file `weights`
-    (I-JEPA's `.pth.tar`, too). Raises UserError if there is no such ViT, or not all weights fit."""
+    """f_I: a timm ViT without its classifier, with its pretrained weights or those of the file `weights`:
+    timm's, I-JEPA's `.pth.tar`, or a file or folder of I-JEPA from the hub. Raises UserError if there is no
+    such ViT, or not all weights fit."""
 
     def __init__(self, name, weights="", pretrained=True):
         super().__init__()
@@ -469,9 +473,15 @@ class ImageEncoder(nn.Module):
             if name == "toy":
                 self.vit = toy_vit()
             else:
-                self.vit = timm.create_model(name, pretrained=pretrained and not weights, num_classes=0)
+                if pretrained and not weights and name in ON_HUB:
+                    weights = hf_hub_download(ON_HUB[name], "model.safetensors")
+                options = dict(pretrained=pretrained and not weights, num_classes=0)
+                with torch.device("meta" if weights else "cpu"):  # meta takes no memory
+                    self.vit = timm.create_model(name, **options)
                 if weights:
-                    timm.models.load_checkpoint(self.vit, weights, filter_fn=convert_weights)
+                    if list(self.vit.buffers()):  # which no file has
+                        self.vit = timm.create_model(name, **options)
+                    load_weights(self.vit, Path(weights))
             self.prefix = self.vit.num_prefix_tokens  # class and register tokens; a Swin has no such number
             self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns); N = rows * columns
         self.vit.requires_grad_(False).eval()
@@ -510,10 +520,26 @@ def toy_vit():
                                  num_heads=3, num_classes=0)
 
 
-def convert_weights(state, vit):
-    """A file's weights under timm's names, without the classifier."""
+# transformers' names of an I-JEPA encoder, and timm's; the later ones are parts of the former
+HUB_NAMES = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks",
+             "embeddings.position_embeddings": "pos_embed", "layernorm_before": "norm1", "layernorm": "norm",
+             "layernorm_after": "norm2", "attention.attention.query": "attn.qkv", "output.dense": "mlp.fc2",
+             "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1"}
+
+
+def load_weights(vit, path):
+    """Put the weights of a file, or of a folder's model.safetensors, into a ViT. Runs no code of the file."""
+    state = timm.models.load_state_dict(str(path / "model.safetensors" if path.is_dir() else path),
+                                        weights_only=True)
+    if "embeddings.position_embeddings" in state:
+        for key in [key for key in state if ".query." in key]:
+            parts = [state.pop(key.replace("query", part)) for part in ("query", "key", "value")]
+            state[key] = torch.cat(parts)  # [3 * D_I, D_I] or [3 * D_I]
+        for name in sorted(HUB_NAMES, key=len, reverse=True):
+            state = {key.replace(name, HUB_NAMES[name]): value for key, value in state.items()}
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, vit: state)
-    return {key: value for key, value in convert(state, vit).items() if not key.startswith("head")}
+    state = {key: value.float() for key, value in convert(state, vit).items() if not key.startswith("head")}
+    vit.load_state_dict(state, assign=True)
 
 
 class TextEncoder(nn.Module):

@@ -37,7 +37,7 @@ from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import classification_report, confusion_matrix
 from sklearn.preprocessing import StandardScaler
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, IJepaConfig, IJepaModel
 
 import data
 import finetune_mvsa
@@ -407,6 +407,24 @@ def test_image_encoder_gives_the_patch_tokens_of_pixels_normalised_by_timm(
         monkeypatch.setattr(model, "ImageEncoder", lambda *given: encoder)
         with pytest.raises(UserError, match="--mask before needs a plain ViT, not VisionTransformerRelPos"):
             model.TIJEPA(replace(CONFIG, mask="before"))
+
+
+@pytest.mark.parametrize("given", ["weights", "weights/model.safetensors", "the hub"])
+def test_image_encoder_takes_i_jepa_from_the_hub(tmp_path, monkeypatch, given):
+    sizes = dict(image_size=96, patch_size=16, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = IJepaConfig(**sizes, intermediate_size=256, layer_norm_eps=1e-6, initializer_range=0.3)
+    saved, asked = IJepaModel(config).eval(), Mock(return_value=str(tmp_path / "weights/model.safetensors"))
+    saved.save_pretrained(tmp_path / "weights")
+    monkeypatch.setattr(model, "hf_hub_download", asked)
+    monkeypatch.setattr(timm, "create_model", lambda name, create=timm.create_model, **options: create(
+        name, img_size=96, patch_size=16, embed_dim=64, depth=2, num_heads=4, **options))
+    encoder = model.ImageEncoder(model.JEPA_14, str(tmp_path / given) * (given != "the hub"))
+    images = torch.randint(256, (2, 3, 96, 96), generator=generator_of(0), dtype=torch.uint8)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # ImageNet's
+    expected = saved((images / 255 - mean) / std).last_hidden_state
+    assert torch.allclose(encoder(images), expected, atol=1e-5) and encoder.interpolation == "bicubic"
+    if given == "the hub":
+        asked.assert_called_once_with("facebook/ijepa_vith14_1k", "model.safetensors")
 
 
 @pytest.mark.parametrize("kind, longest", [("bert", 64), ("gte", 128)])  # gte: the paper's
@@ -795,7 +813,7 @@ def test_a_killed_cache_frees_its_lock_and_is_encoded_anew_once_to_the_same_byte
     waiting = [forked(data.FeatureCache, *given) for _ in range(2)]
     time.sleep(0.5)
     assert all(process.is_alive() for process in waiting)
-    assert set(tree(folder)) == {".lock", "image.float16.tmp", "text.float16.tmp"}  # no half file has its name
+    assert set(tree(folder)) == {".lock", "image.float16.tmp", "text.float16.tmp"}  # none has its name
     builder.kill()  # kill -9: nothing of its own can free the lock
     assert all(map(ends_well, waiting)) and tree(folder).items() <= tree(encoded.cache.folder).items()
     assert capfd.readouterr().err.count("cannot be read as an image") == 2  # the killed one's, and one more
@@ -1336,7 +1354,8 @@ class Elsewhere(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_a_run_leaves_no_tensor_on_the_cpu(pretrained, images, tmp_path, monkeypatch):
-    encoders, before = torch.load(pretrained.checkpoint)["encoders"], "--mask before --target whitened".split()
+    encoders = torch.load(pretrained.checkpoint)["encoders"]
+    before = "--mask before --target whitened".split()
     train(pretrained, tmp_path, *before)
     monkeypatch.setattr(model.TIJEPA, "fingerprint", lambda net: encoders)  # so that the cache is there
     monkeypatch.setattr(model, "pick_device", lambda name: torch.device("meta"))
