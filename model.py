@@ -189,6 +189,9 @@ class Masks(NamedTuple):
     context: torch.Tensor  # [B, C]
     target: torch.Tensor  # [B, M, P]
 
+    def pin(self):
+        return Masks(*(index.pin_memory() for index in self))
+
     def to(self, device):
         return Masks(*(index.to(device, non_blocking=True) for index in self))
 

@@ -201,8 +201,13 @@ def main(args):
             first = step % steps_per_epoch * args.batch_size
             yield from ((images[first:][part], captions[first:][part]) for part in micro_batches)
 
-    batches = cache.batches(draws())  # lazy: the next is read while this one is trained on
-    line_time, waited = time.time(), 0.0  # of the last log line; seconds without features since then
+    def draw_masks(step):
+        masks = model.sample_masks(net.grid, args.batch_size, args.seed, step, args.visible)
+        return masks.pin() if device.type == "cuda" else masks
+
+    # Lazy: the next features and masks are made in threads while these are trained on
+    batches, all_masks = cache.batches(draws()), data.read_ahead(draw_masks, range(first_step, steps))
+    line_time, waited = time.time(), 0.0  # of the last log line; seconds without features or masks since then
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             # -- schedules and masks of this step
@@ -211,7 +216,9 @@ def main(args):
             momentum = args.momentum + (args.final_momentum - args.momentum) * step / max(1, steps - 1)
             for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
                 group["lr"], group["weight_decay"] = lr, decay
-            masks = model.sample_masks(net.grid, args.batch_size, args.seed, step, args.visible).to(device)
+            start = time.time()
+            masks = next(all_masks).to(device)
+            waited += time.time() - start
 
             # -- forward and backward, micro-batch by micro-batch
             for part in micro_batches:
