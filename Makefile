@@ -25,7 +25,7 @@ PROTOCOLS := $(if $(IS_TOY),standard grouped authors,standard)
 options_of = $(if $(filter standard,$(1)),$(if $(SPLIT),--split "$(SPLIT)"),--mode probe)
 ENCODERS := $(if $(IMAGE_WEIGHTS),--image_weights "$(IMAGE_WEIGHTS)") $(if $(TEXT_ENCODER),--text_encoder "$(TEXT_ENCODER)")
 BOTH := --device $(DEVICE) --dtype $(DTYPE) --cache "$(CACHE)" $(ENCODERS)
-TRAIN := "$(PY)" $(if $(GPUS),-m torch.distributed.run --nproc_per_node=$(GPUS)) pretrain.py $(BOTH) --resume \
+TRAIN := "$(PY)" $(if $(GPUS),-m torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node=$(GPUS)) pretrain.py $(BOTH) --resume \
 	$(if $(IMAGE_ENCODER),--image_encoder $(IMAGE_ENCODER)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(TARGET),--target $(TARGET)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 EVAL := "$(PY)" pretrain.py $(BOTH) --eval
 JUDGE := "$(PY)" finetune_mvsa.py $(BOTH)

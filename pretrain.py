@@ -190,6 +190,7 @@ def main(args):
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
     elif path.exists():
         print(f"pretrain: starts anew and will replace {path}; --resume would continue it")
+    require_equal(first_step, constant["identity"], constant["held_out"])
     running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
     def draws():
@@ -478,6 +479,15 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
         dist.all_reduce(value, op)
     return value
+
+
+def require_equal(*values):
+    """Raises UserError unless these are the same in all processes: else one would wait for ever."""
+    if dist.is_initialized():
+        hashes = [None] * dist.get_world_size()
+        dist.all_gather_object(hashes, data.digest(*values))
+        if len(set(hashes)) > 1:
+            raise UserError("the processes see different files: --coco and --out must be shared folders")
 
 
 def split_batch(args, rank, world_size):

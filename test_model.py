@@ -1983,8 +1983,9 @@ MAKE = {  # what is asked of make: the commands that it would run
         python3 finetune_mvsa.py --checkpoint out/tiny/checkpoint.pt --mvsa /m --out out/tiny""",
     "reproduce PRESET=toy OUT=/o DEVICE=cpu DTYPE=bfloat16 CACHE=/f IMAGE_WEIGHTS=/w TEXT_ENCODER=/t "
     "SPLIT=/s IMAGE_ENCODER=vit EPOCHS=7 TARGET=image SEED=3 ARGS=--lr=0.5 GPUS=2": f"""
-        python3 -m torch.distributed.run --nproc_per_node=2 pretrain.py {BOTH} --coco data/toy/coco --out /o \
-            --resume --image_encoder vit --epochs 7 --target image --seed 3 --lr 0.5
+        python3 -m torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node=2 \
+            pretrain.py {BOTH} --coco data/toy/coco --out /o --resume --image_encoder vit --epochs 7 \
+            --target image --seed 3 --lr 0.5
         python3 pretrain.py {BOTH} --coco data/toy/coco --eval /o/checkpoint.pt
         {JUDGE} --split /s && {JUDGE} --protocol grouped --mode probe
         {JUDGE} --protocol authors --mode probe""",
