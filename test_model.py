@@ -184,15 +184,6 @@ def randomize(module):
     return module
 
 
-def test_block_equals_pytorchs_attention_with_the_same_weights():
-    block, x = randomize(model.Block(32, 4)), torch.randn(3, 7, 32, generator=generator_of(0))
-    text, lengths = torch.randn(3, 5, 32, generator=generator_of(1)), torch.tensor([[5], [2], [1]])
-    for given in ((), (text,), (text, torch.arange(5) < lengths)):
-        expected = plain_block(block, x, *given)
-        assert torch.allclose(block(x, *given), expected, atol=1e-5)
-        assert torch.allclose(block(x, *given, last=2), expected[:, -2:], atol=1e-5)
-
-
 def test_fusion_encoder_projects_then_attends_to_the_caption_alone(net, images):
     X, (s_image, s_text, text_mask) = randomize(net.context_encoder), net.frozen_features(images, TEXTS)
     x, text = X.image_proj(s_image), X.text_proj(s_text)
@@ -321,7 +312,6 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, images, tmp_path):
 
     for attempt, words in (
             (lambda: net.encode(images, "red"), "with 'red': .* with a list of B strings"),
-            (lambda: net.encode(images[:1], TEXTS), r"\[1, 3, 48, 48\] .* with \['a red dog', .* list of B"),
             (lambda: net.encode(images[:, :, 8:], TEXTS), r"\[3, 3, 40, 48\] .* take .*\[3, 48, 48"),
             (lambda: net.frozen_features(images / 255, TEXTS), r"torch.float32 with .* of torch.uint8"),
             (lambda: sample_masks((9, 5), 2, 0), "9 x 5 patch grid is too small.*--image_encoder"),
@@ -331,12 +321,6 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, images, tmp_path):
             (lambda: load_text_encoder(file="tokenizer_config.json", pad_token=None), "no padding token")):
         with pytest.raises(UserError, match=words):
             attempt()
-
-
-def test_presets_are_the_papers():
-    for name, *sizes in (("small", 768, 4, 8), ("medium", 768, 6, 12), ("large", 1024, 8, 16)):
-        c = model.PRESETS[name]
-        assert [c.dim, c.depth, c.heads, c.predictor_depth, c.predictor_dim] == [*sizes, 12, 384]
 
 
 @pytest.mark.parametrize("name, prefix, kind", [
@@ -432,7 +416,14 @@ def test_from_checkpoint_loads_all_weights_and_takes_moved_encoders_but_no_other
     assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())
 
 
-def test_pick_device_makes_the_gpu_that_is_asked_for_the_current_one(monkeypatch):
+def test_pick_device_and_dtype_take_what_there_is(monkeypatch):
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # torch counts emulation as well
+        supported = lambda including_emulation=True: fast or including_emulation
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert model.pick_dtype("auto", torch.device("cuda")) == dtype
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    assert model.pick_device() == torch.device("cpu")
     calls = []
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -442,16 +433,6 @@ def test_pick_device_makes_the_gpu_that_is_asked_for_the_current_one(monkeypatch
     for name, device in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
         assert model.pick_device(name) == torch.device(device)
         assert calls[-3:] == [torch.device(device), "high", False]
-
-
-def test_pick_device_and_dtype_take_what_there_is(monkeypatch):
-    for fast, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # torch counts emulation as well
-        supported = lambda including_emulation=True: fast or including_emulation
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert model.pick_dtype("auto", torch.device("cuda")) == dtype
-    for backend in (torch.cuda, torch.backends.mps):
-        monkeypatch.setattr(backend, "is_available", lambda: False)
-    assert model.pick_device() == torch.device("cpu")
 
 
 # ---- data.py: pictures, the toy world, COCO ----------------------------------------------------------------
@@ -506,38 +487,9 @@ def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, 
     assert list(data.FeatureCache(*given).unreadable) == list(range(6))
     said = "6 images (6 unreadable), 1200 texts; 6 have 64 tokens or more: f_T reads 64"
     assert said in capsys.readouterr().out
-    for error in (SyntaxError, ValueError, EOFError, RuntimeError, KeyError, TypeError, data.struct.error):
-        monkeypatch.setattr(Image, "open", Mock(side_effect=error("of a decoder")))
-        with pytest.raises(UserError, match="a cannot be read as an image: .*of a decoder"):
-            data.read_image(cut, encoded.net.image_encoder)
     for error, code in ((MemoryError, 2), (KeyboardInterrupt, 130)):  # are not the picture's fault
         monkeypatch.setattr(Image, "open", Mock(side_effect=error))
         assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == code
-
-
-def things_in(path):
-    """The four (colour, pattern) that a toy picture shows; of green, blue and red the brightest channel."""
-    squares = np.array(Image.open(path))[8:40, 8:40].reshape(2, 16, 2, 16, 3).swapaxes(1, 2)  # two above two
-    squares = squares.reshape(4, 16, 16, 3)
-    colours = squares.mean((1, 2)) @ [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
-    across, down = (squares.mean((axis, 3)).std(1) > 10 for axis in (1, 2))  # bars, stripes
-    return list(zip(colours.argmax(1), np.where(across, 0, np.where(down, 1, 2))))
-
-
-def test_toy_captions_name_what_pictures_show_and_a_post_has_two_moods(toy):
-    colours = {word: i for i, (_, words) in enumerate(data.COLOURS) for word in words}
-    patterns = {word: i for i, words in enumerate(data.PATTERNS) for word in words}
-    for path, captions in data.load_coco(toy / "coco")[0][:-1]:  # the last one's picture is broken
-        for words in map(str.split, set(captions)):
-            assert [(colours[a], patterns[b]) for a, b in zip(words[::2], words[1::2])] == things_in(path)
-        assert len(set(captions)) == 5
-    folder, shares = toy / "mvsa" / "MVSA_Single", []
-    for line in (folder / "labelResultAll.txt").read_text().splitlines()[1:-1]:
-        post, text, image = re.split("[\t,]", line)
-        first, *_ = (folder / f"data/{post}.txt").read_text("gb18030").split()
-        assert data.LABELS[colours[first]] == text
-        shares.append(np.mean([data.LABELS[c] == image for c, _ in things_in(folder / f"data/{post}.jpg")]))
-    assert 0.8 < np.mean(shares) < 0.93  # 0.8, and a third of the others
 
 
 def test_toy_data_are_always_the_same_bytes_and_replace_nothing(tmp_path, monkeypatch):
@@ -591,7 +543,7 @@ class BadConnection(BaseHTTPRequestHandler):
 
 
 def test_coco_is_fetched_over_a_bad_connection_and_not_fetched_again(tmp_path, monkeypatch):
-    names = [*(f"{i}.jpg" for i in range(40)), "../a b#%41.jpg", "uncaptioned.jpg"]
+    names = [*(f"{i}.jpg" for i in range(40)), "../a b#%41.jpg"]
     packed, at = io.BytesIO(), "/annotations/annotations_trainval2017.zip"
     with data.ZipFile(packed, "w") as file:
         file.writestr(CAPTIONS, caption_file([*enumerate(names)][::-1], [(i, "red") for i in range(41)]))
@@ -612,11 +564,10 @@ def test_coco_is_fetched_over_a_bad_connection_and_not_fetched_again(tmp_path, m
     assert fetch(files, 30, 0)[0] == dict.fromkeys([at, *list(photos)[:30]], 3)
     assert not fetch(files, 30, 0)[0]
     asked, said = fetch(files, 0, 2)
-    assert asked == dict.fromkeys([*list(files)[31:], "/train2017/39.jpg"], 3)
+    assert asked["/train2017/39.jpg"] == 3 and not asked.keys() & list(files)[:31]
     assert "39.jpg cannot be fetched: HTTP Error 404" in said
-    expected = {Path(at).name: body for at, body in photos.items()} | {"a b#%41.jpg": b"odd"}
-    assert {**tree(tmp_path / "train2017"), "a b#%41.jpg": b"odd"} == expected
-    assert len(fetch({}, 0, 2)[0]) <= 2  # the first that fails ends it
+    fetched = tree(tmp_path / "train2017")
+    assert all(fetched[Path(at).name] == body for at, body in list(photos.items())[:30])
 
 
 def test_epoch_order_has_every_image_once_with_one_of_its_captions():
@@ -646,10 +597,6 @@ def test_hold_out_trains_on_no_held_out_image_and_a_lost_image_moves_no_other():
         assert held - {lost} <= hold_out(lost) and len(hold_out(lost)) == 40
     cache.items.reverse()
     assert {99 - i for i in hold_out()} == held and len(hold_out(count=0)) == 10
-    cache.items = [(Path(f"{i}.jpg"), []) for i in range(2000)]
-    for images, held in ((2000, 100), (300, 30), (5, 2)):
-        cache.readable = np.arange(images)
-        assert len(data.hold_out(cache, 0)[1]) == held
 
 
 # ---- data.py: the feature cache ----------------------------------------------------------------------------
@@ -746,11 +693,9 @@ def test_a_killed_cache_frees_its_lock_and_is_encoded_anew_once_to_the_same_byte
     assert capfd.readouterr().err.count("cannot be read as an image") == 2  # the killed one's, and one more
 
 
-@pytest.mark.parametrize("last_norm", [lambda net: net.image_encoder.vit.norm,
-                                       lambda net: net.text_encoder.bert.encoder.layer[-1].output.LayerNorm])
-def test_features_that_float16_cannot_hold_are_refused(encoded, tmp_path, last_norm):
+def test_features_that_float16_cannot_hold_are_refused(encoded, tmp_path):
     net = model.TIJEPA(encoded.net.config)
-    last_norm(net).weight *= 1e6
+    net.image_encoder.vit.norm.weight *= 1e6
     with pytest.raises(UserError, match="do not fit float16"):
         data.FeatureCache(tmp_path, encoded.items, net)
 
@@ -798,18 +743,13 @@ def test_find_mvsa_knows_both_sets_by_their_headers(toy, tmp_path):
 
 def test_read_labels_takes_what_two_of_three_say_of_the_text_and_of_the_image(tmp_path):
     words, none = dict(zip("PUN", data.LABELS)), "no majority"
-    cases = {"PP PP NU": 0, "PU UU PN": 0, "UU UU PN": 1, "NN NU UN": 2, "PU UU NU": none, "PP PN PU": none,
-             "PN PN UU": "text and image of opposite polarity"}
+    opposite = "text and image of opposite polarity"
+    cases = {"PP PP NU": 0, "PU UU PN": 0, "UP UP PN": 0, "UU UU PN": 1, "NN NU UN": 2, "UN UN PP": 2,
+             "NU NU UP": 2, "PU UU NU": none, "PP PN PU": none, "PN PN UU": opposite, "NP NP UU": opposite}
     rows = ["\t".join([case, *(f"{words[text]},{words[image]}" for text, image in case.split())])
             for case in cases]
     kind, labels, skipped = data.read_labels(write_labels(tmp_path, rows, 3) / "labelResultAll.txt")
     assert kind == "multi" and {**labels, **skipped} == cases
-
-
-def test_merge_labels_lets_neutral_give_way_and_drops_opposites():
-    assert data.LABELS == ("positive", "neutral", "negative")  # 0, 1, 2 of CLMLF's files
-    merged = [[data.merge_labels(text, image) for image in (P, U, N)] for text in (P, U, N)]
-    assert merged == [[P, P, None], [P, U, N], [None, N, N]]
 
 
 LABELLED = np.random.default_rng(0).choice(3, 505, p=[0.6, 0.1, 0.3])
@@ -866,10 +806,9 @@ def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
     for folder, given in ((root, odd), (tmp_path / "twice", posts), (root / "MVSA-multiple", posts)):
         with pytest.raises(UserError, match="is not a split of MVSA-single"):
             data.clmlf_split(folder, given)
-    for content in ('[{"id":', "[3]", '[{"id": "1"}]', "7"):
-        (tmp_path / "twice" / "dev.json").write_text(content)
-        with pytest.raises(UserError, match="dev.json is no list of id, emotion_label"):
-            data.clmlf_split(tmp_path / "twice", posts)
+    (tmp_path / "twice" / "dev.json").write_text('[{"id": "1"}]')
+    with pytest.raises(UserError, match="dev.json is no list of id, emotion_label"):
+        data.clmlf_split(tmp_path / "twice", posts)
     shutil.copytree(root / "MVSA-Single", root / "single too")
     with pytest.raises(UserError, match="looked for one train.json of MVSA-single,.* found 2"):
         data.clmlf_split(root, posts)
@@ -886,51 +825,34 @@ def test_duplicate_groups_join_posts_of_the_same_words_or_image(tmp_path):
         [("words", 2), ("image", 7)], [("image", 8), ("words", 8)]]
 
 
-LABEL_ROWS = [("ID", "\ttext,image"), ("", ""), ("0", "\tnegative, positive"), ("1", "\tneutral,NEGATIVE"),
-              ("2", "\tpositive ,Neutral"), ("", "")]
-GOOD_LABELS = [newline.join(first + n * pair for first, pair in LABEL_ROWS).encode(code)
-               for n in (1, 3) for newline in ("\n", "\r\n", "\r") for code in ("utf-8", "utf-8-sig")]
-GOOD_CAPTIONS = [caption_file([(i, f"{i}.jpg") for i in range(3)], [(i, "red bars") for i in range(3)])]
-PIECES = (b"", b"7", b"true", b"1e3", b"\xef\xbb\xbf", b"\x0b", b"\xc2\x85", b"\xff", b"[" * 9999)
+ROWS_OF_LABELS = [("ID", "\ttext,image"), ("", ""), ("0", "\tnegative, positive"), ("1", "\tneutral,NEGATIVE"),
+                  ("2", "\tpositive ,Neutral"), ("", "")]
 
 
-def check_labels(content):
-    """Fails if the file should have been refused, or a line of it is not in the result."""
-    file = SimpleNamespace(is_file=lambda: True, read_bytes=lambda: content)  # without a disk
-    kind, labels, skipped = data.read_labels(file)
-    header, *lines = [line for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line.strip()]
-    columns, word = {"single": 1, "multi": 3}[kind], r"\s*(?:positive|neutral|negative)\s*"
-    line = re.compile(rf"\s*(\S(?:[^\t]*\S)?)\s*" + rf"\t{word},{word}" * columns, re.IGNORECASE)
-    assert header.count("\t") == columns
-    assert sorted(line.fullmatch(each)[1] for each in lines) == sorted({*labels, *skipped})
+@pytest.mark.parametrize("newline, code, n", [("\n", "utf-8", 1), ("\r\n", "utf-8-sig", 3), ("\r", "utf-8", 3)])
+def test_label_files_of_any_newline_are_read_and_damaged_ones_refused_with_the_line(tmp_path, newline, code, n):
+    path, good = tmp_path / "labels", [first + n * pair for first, pair in ROWS_OF_LABELS]
+    path.write_bytes(newline.join(good).encode(code))
+    assert data.read_labels(path)[1:] == (
+        {"1": 2, "2": 0}, {"0": "text and image of opposite polarity"})
+    for line, bad in ((0, "ID\ttext"), (0, good[0] + "\ttext,image"), (3, good[2]), (2, good[2] + "x"),
+                      (3, good[3][1:]), (3, "\x0b" + good[3].replace("neutral", "none")), (4, good[4] * 2),
+                      (4, good[4].replace(",", ";")), (4, "caf\u00e9" + good[4][1:]), (4, good[4][:-1])):
+        path.write_bytes(newline.join([*good[:line], bad, *good[line + 1:]]).encode(code))
+        with pytest.raises(UserError, match=f"line {line + 1}:" if line else "the first line"):
+            data.read_labels(path)
 
 
-def check_captions(content):
-    files, captions = data.parse_captions(content, "captions.json")
-    parsed = json.loads(content)
-    assert len(set(files.values())) == len(parsed["images"]) and {*map(type, (*files, *captions))} <= {int}
-    assert sorted(files.items()) == sorted((image["id"], image["file_name"]) for image in parsed["images"])
-    pairs = sorted((note["image_id"], note["caption"].strip()) for note in parsed["annotations"])
-    assert sorted((i, text) for i, texts in captions.items() for text in texts) == pairs
-
-
-@pytest.mark.parametrize("good, check", [(GOOD_LABELS, check_labels), (GOOD_CAPTIONS, check_captions)])
-def test_fuzzed_files_give_a_user_error_or_what_they_say(good, check):
-    rng, refused = fresh_rng(), 0
-    for case in range(10000):
-        tokens = re.findall(rb"[a-z]+|\d+|[^a-z\d]", good[rng.integers(len(good))])
-        words = [i for i, token in enumerate(tokens) if token.isalnum()]
-        if case % 2:  # a word or number for another
-            at, other = rng.choice(words, 2)
-            tokens[at] = tokens[other]
-        for at in rng.integers(len(tokens), size=case % 10 // 4):  # each fifth is left as it is
-            tokens[at:at + rng.integers(3)] = [PIECES[rng.integers(len(PIECES))]]
-        try:
-            check(b"".join(tokens))
-        except UserError:
-            refused += 1
-            assert case % 10 not in (0, 2), tokens
-    assert 1500 < refused < 8500
+@pytest.mark.parametrize("old, new, words", [
+    ("[", "", "not a COCO"), ('"images"', '"pictures"', "not a COCO"), ('"id": 1', '"id": 1.0', "not a COCO"),
+    ('"id": 1', '"id": true', "not a COCO"), ('"b"', "7", "not a COCO"), ('"image_id": 1, ', "", "not a COCO"),
+    ('"1.jpg"', "1", "not a COCO"), ('"id": 1', '"id": 0', "twice"), ('"1.jpg"', '"0.jpg"', "twice"),
+    ("[", "[" * 9999, "not a COCO")])
+def test_damaged_caption_files_are_refused(old, new, words):
+    good = caption_file([(i, f"{i}.jpg") for i in range(3)], enumerate("abc")).decode()
+    assert data.parse_captions(good, "") == ({i: f"{i}.jpg" for i in range(3)}, {0: ["a"], 1: ["b"], 2: ["c"]})
+    with pytest.raises(UserError, match=words):
+        data.parse_captions(good.replace(old, new, 1), "captions.json")
 
 
 # ---- pretrain.py: what the loop is made of -----------------------------------------------------------------
