@@ -15,11 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -529,45 +527,34 @@ def test_coco_is_read_by_image_id_and_what_is_missing_is_counted(tmp_path):
     assert data.load_coco(tmp_path, 2) == (items[:2], skipped)
 
 
-class BadConnection(BaseHTTPRequestHandler):
-    """Of each file 500, then half of it, then the file; always 404 for what server.files lacks."""
-    log_message = Mock()
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        body, tries = self.server.files.get(self.path, b""), self.server.asked.count(self.path)
-        self.send_response(404 if not body else 500 if tries == 1 else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body if tries > 2 else body[:len(body) // 2])
-
-
 def test_coco_is_fetched_over_a_bad_connection_and_not_fetched_again(tmp_path, monkeypatch):
+    """Each address fails, then breaks off, then answers; 39.jpg is nowhere."""
+    packed, root, asked = io.BytesIO(), "http://images.cocodataset.org", []
     names = [*(f"{i}.jpg" for i in range(40)), "../a b#%41.jpg"]
-    packed, at = io.BytesIO(), "/annotations/annotations_trainval2017.zip"
     with data.ZipFile(packed, "w") as file:
         file.writestr(CAPTIONS, caption_file([*enumerate(names)][::-1], [(i, "red") for i in range(41)]))
-    photos = {f"/train2017/{i}.jpg": b"image %d" % i for i in range(39)}  # 39.jpg is nowhere
-    files = {at: packed.getvalue(), **photos, "/train2017/a%20b%23%2541.jpg": b"odd"}
-    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), BadConnection)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(data, "COCO_URL", f"http://127.0.0.1:{server.server_port}")
+    files = {f"{root}/annotations/annotations_trainval2017.zip": packed.getvalue(),
+             **{f"{root}/train2017/{i}.jpg": b"image %d" % i for i in range(39)},
+             f"{root}/train2017/a%20b%23%2541.jpg": b"odd"}
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        tries = asked.count(url)
+        if tries == 1 or url not in files:
+            raise OSError("HTTP Error 404")
+        read = Mock(side_effect=data.HTTPException) if tries == 2 else lambda: files[url]
+        return contextlib.nullcontext(SimpleNamespace(read=read))
+
+    monkeypatch.setattr(data, "urlopen", urlopen)
     monkeypatch.setattr(data, "PAUSES", (0, 0, 0))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-    def fetch(files, images, code):
-        server.asked, server.files = [], files
-        said = call(data, "coco", tmp_path, "--images", images, code=code).err
-        return Counter(server.asked), said
-
-    assert fetch(files, 30, 0)[0] == dict.fromkeys([at, *list(photos)[:30]], 3)
-    assert not fetch(files, 30, 0)[0]
-    asked, said = fetch(files, 0, 2)
-    assert asked["/train2017/39.jpg"] == 3 and not asked.keys() & list(files)[:31]
-    assert "39.jpg cannot be fetched: HTTP Error 404" in said
-    fetched = tree(tmp_path / "train2017")
-    assert all(fetched[Path(at).name] == body for at, body in list(photos.items())[:30])
+    for images, code, urls in ((30, 0, list(files)[:31]), (30, 0, []), (39, 0, list(files)[31:40])):
+        asked.clear()
+        call(data, "coco", tmp_path, "--images", images, code=code)
+        assert Counter(asked) == dict.fromkeys(urls, 3)
+    assert tree(tmp_path / "train2017") == {Path(url).name: files[url] for url in list(files)[1:40]}
+    said = call(data, "coco", tmp_path, "--images", 0, code=2).err
+    assert f"{root}/train2017/39.jpg cannot be fetched: HTTP Error 404; run again" in said
+    assert (tmp_path / "train2017" / "a b#%41.jpg").exists() or asked[-1].endswith("39.jpg")
 
 
 def test_epoch_order_has_every_image_once_with_one_of_its_captions():
@@ -825,33 +812,32 @@ def test_duplicate_groups_join_posts_of_the_same_words_or_image(tmp_path):
         [("words", 2), ("image", 7)], [("image", 8), ("words", 8)]]
 
 
-ROWS_OF_LABELS = [("ID", "\ttext,image"), ("", ""), ("0", "\tnegative, positive"), ("1", "\tneutral,NEGATIVE"),
-                  ("2", "\tpositive ,Neutral"), ("", "")]
-
-
-@pytest.mark.parametrize("newline, code, n", [("\n", "utf-8", 1), ("\r\n", "utf-8-sig", 3), ("\r", "utf-8", 3)])
-def test_label_files_of_any_newline_are_read_and_damaged_ones_refused_with_the_line(tmp_path, newline, code, n):
-    path, good = tmp_path / "labels", [first + n * pair for first, pair in ROWS_OF_LABELS]
-    path.write_bytes(newline.join(good).encode(code))
+@pytest.mark.parametrize("end, code, n", [("\n", "utf-8", 1), ("\r\n", "utf-8-sig", 3), ("\r", "utf-8", 3)])
+def test_label_files_of_any_newline_are_read_and_damaged_lines_refused(tmp_path, end, code, n):
+    rows = ("ID", "text,image"), ("", ""), ("0", "negative, positive"), ("1", "neutral,NEGATIVE"), (
+        "2", "positive ,Neutral"), ("", "")
+    path, good = tmp_path / "labels", [first + n * f"\t{pair}" * bool(pair) for first, pair in rows]
+    path.write_bytes(end.join(good).encode(code))
     assert data.read_labels(path)[1:] == (
         {"1": 2, "2": 0}, {"0": "text and image of opposite polarity"})
     for line, bad in ((0, "ID\ttext"), (0, good[0] + "\ttext,image"), (3, good[2]), (2, good[2] + "x"),
                       (3, good[3][1:]), (3, "\x0b" + good[3].replace("neutral", "none")), (4, good[4] * 2),
                       (4, good[4].replace(",", ";")), (4, "caf\u00e9" + good[4][1:]), (4, good[4][:-1])):
-        path.write_bytes(newline.join([*good[:line], bad, *good[line + 1:]]).encode(code))
+        path.write_bytes(end.join([*good[:line], bad, *good[line + 1:]]).encode(code))
         with pytest.raises(UserError, match=f"line {line + 1}:" if line else "the first line"):
             data.read_labels(path)
 
 
 @pytest.mark.parametrize("old, new, words", [
-    ("[", "", "not a COCO"), ('"images"', '"pictures"', "not a COCO"), ('"id": 1', '"id": 1.0', "not a COCO"),
-    ('"id": 1', '"id": true', "not a COCO"), ('"b"', "7", "not a COCO"), ('"image_id": 1, ', "", "not a COCO"),
-    ('"1.jpg"', "1", "not a COCO"), ('"id": 1', '"id": 0', "twice"), ('"1.jpg"', '"0.jpg"', "twice"),
-    ("[", "[" * 9999, "not a COCO")])
+    ("[", "", "not COCO"), ('"images"', '"pictures"', "not COCO"), ('"id": 1', '"id": 1.0', "not COCO"),
+    ('"id": 1', '"id": true', "not COCO"), ('"b"', "7", "not COCO"), ('"image_id": 1, ', "", "not COCO"),
+    ('"1.jpg"', "1", "not COCO"), ('"id": 1', '"id": 0', "twice"), ('"1.jpg"', '"0.jpg"', "twice"),
+    ("[", "[" * 9999, "not COCO")])
 def test_damaged_caption_files_are_refused(old, new, words):
     good = caption_file([(i, f"{i}.jpg") for i in range(3)], enumerate("abc")).decode()
-    assert data.parse_captions(good, "") == ({i: f"{i}.jpg" for i in range(3)}, {0: ["a"], 1: ["b"], 2: ["c"]})
-    with pytest.raises(UserError, match=words):
+    files, captions = {i: f"{i}.jpg" for i in range(3)}, {0: ["a"], 1: ["b"], 2: ["c"]}
+    assert data.parse_captions(good, "") == (files, captions)
+    with pytest.raises(UserError, match=words.replace("COCO", "a COCO caption file")):
         data.parse_captions(good.replace(old, new, 1), "captions.json")
 
 
