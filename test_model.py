@@ -530,12 +530,12 @@ def test_coco_is_read_by_image_id_and_what_is_missing_is_counted(tmp_path):
 def test_coco_is_fetched_over_a_bad_connection_and_not_fetched_again(tmp_path, monkeypatch):
     """Each address fails, then breaks off, then answers; 39.jpg is nowhere."""
     packed, root, asked = io.BytesIO(), "http://images.cocodataset.org", []
-    names = [*(f"{i}.jpg" for i in range(40)), "../a b#%41.jpg"]
+    names = ["../a b#%41.jpg", *(f"{i}.jpg" for i in range(1, 40))]
     with data.ZipFile(packed, "w") as file:
-        file.writestr(CAPTIONS, caption_file([*enumerate(names)][::-1], [(i, "red") for i in range(41)]))
+        file.writestr(CAPTIONS, caption_file([*enumerate(names)][::-1], [(i, "red") for i in range(40)]))
     files = {f"{root}/annotations/annotations_trainval2017.zip": packed.getvalue(),
-             **{f"{root}/train2017/{i}.jpg": b"image %d" % i for i in range(39)},
-             f"{root}/train2017/a%20b%23%2541.jpg": b"odd"}
+             f"{root}/train2017/a%20b%23%2541.jpg": b"odd",
+             **{f"{root}/train2017/{i}.jpg": b"image %d" % i for i in range(1, 39)}}
 
     def urlopen(url, timeout):
         asked.append(url)
@@ -551,10 +551,10 @@ def test_coco_is_fetched_over_a_bad_connection_and_not_fetched_again(tmp_path, m
         asked.clear()
         call(data, "coco", tmp_path, "--images", images, code=code)
         assert Counter(asked) == dict.fromkeys(urls, 3)
-    assert tree(tmp_path / "train2017") == {Path(url).name: files[url] for url in list(files)[1:40]}
+    _, *photos = files.values()
+    assert tree(tmp_path / "train2017") == {Path(name).name: photo for name, photo in zip(names, photos)}
     said = call(data, "coco", tmp_path, "--images", 0, code=2).err
     assert f"{root}/train2017/39.jpg cannot be fetched: HTTP Error 404; run again" in said
-    assert (tmp_path / "train2017" / "a b#%41.jpg").exists() or asked[-1].endswith("39.jpg")
 
 
 def test_epoch_order_has_every_image_once_with_one_of_its_captions():
