@@ -188,8 +188,6 @@ def test_fusion_encoder_projects_then_attends_to_the_caption_alone(net, images):
     for block in X.blocks:
         x = plain_block(block, x, text, text_mask)
     assert torch.allclose(X(s_image, s_text, text_mask), X.norm(x), atol=1e-5)
-    assert all([type(layer).__name__ for layer in proj] == ["Linear", "LayerNorm"]
-               for proj in (X.image_proj, X.text_proj))
 
 
 def test_predictor_and_fusion_encoder_start_from_xavier_g_with_i_jepas_rescaling(net):
@@ -285,7 +283,6 @@ def test_sigreg_term_by_hand():
     gaps = np.abs(np.exp(1j * shadows[:, :, None] * t).mean(0) - np.exp(-t * t / 2)) ** 2
     by_hand = 5 * np.trapezoid(gaps * np.exp(-t * t / 2), t).mean()
     assert model.sigreg_term(context, 7, 11).item() == pytest.approx(by_hand, rel=1e-4)
-    assert model.sigreg_term(context.bfloat16(), 7, 11).item() == pytest.approx(by_hand, rel=0.05)
 
 
 def save_text_encoder(folder, words=WORDS, file="config.json", **edit):
@@ -310,7 +307,6 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, images, tmp_path):
 
     for attempt, words in (
             (lambda: net.encode(images, "red"), "with 'red': .* with a list of B strings"),
-            (lambda: net.encode(images[:, :, 8:], TEXTS), r"\[3, 3, 40, 48\] .* take .*\[3, 48, 48"),
             (lambda: net.frozen_features(images / 255, TEXTS), r"torch.float32 with .* of torch.uint8"),
             (lambda: sample_masks((9, 5), 2, 0), "9 x 5 patch grid is too small.*--image_encoder"),
             (lambda: load_image_encoder("test_vit", vit), "blocks.1.attn.proj.weight"),
@@ -380,7 +376,7 @@ def test_a_checkpoint_runs_no_code_and_is_refused_unless_complete(pretrained, tm
     contents = {key: {k: v for k, v in complete.items() if k != key} for key in model.CHECKPOINT_KEYS}
     contents |= {"code": makes_folder, "a list": [1, 2], "no X": {**complete, "model": {"predictor": {}}}}
     content = pretrained.checkpoint.read_bytes()
-    ways = {"empty": Path.touch, "folder": Path.mkdir, "torn": lambda path: path.write_bytes(content[:-999])}
+    ways = {"empty": Path.touch, "torn": lambda path: path.write_bytes(content[:-999])}
     for name in (*contents, *ways):
         out, path = tmp_path / name, tmp_path / name / "checkpoint.pt"
         out.mkdir()
@@ -406,10 +402,8 @@ def test_from_checkpoint_loads_all_weights_and_takes_moved_encoders_but_no_other
     parts = {name: getattr(net, name).state_dict() for name in model.TRAINED}
     contents = {"config": vars(config), "encoders": net.fingerprint(), "model": parts}
     torch.save(dict.fromkeys(model.CHECKPOINT_KEYS) | contents, "checkpoint.pt")
-    for given, words in ((("vit0", ""), "bert cannot be"), (("vit1", "bert0"), "other encoders: f_I weights"),
-                         (("vit0", "bert1"), "other encoders: f_T layer_norm_eps")):
-        with pytest.raises(UserError, match=words):
-            model.TIJEPA.from_checkpoint("checkpoint.pt", *given)
+    with pytest.raises(UserError, match="other encoders: f_I weights .* f_T layer_norm_eps"):
+        model.TIJEPA.from_checkpoint("checkpoint.pt", "vit1", "bert1")
     loaded = model.TIJEPA.from_checkpoint("checkpoint.pt", "vit0", "bert0")[0].state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())
 
@@ -453,7 +447,7 @@ SMOOTH = Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3) ** 2).re
 
 @pytest.mark.parametrize("form, mode, width, method, decoded", [
     ("JPEG", "RGB", 1200, "bicubic", 150),  # a large one is decoded at an eighth
-    ("JPEG", "CMYK", 90, "bicubic", 90), ("PNG", "L", 60, "bicubic", 60), ("PNG", "RGB", 60, "bilinear", 60)])
+    ("JPEG", "CMYK", 90, "bicubic", 90), ("PNG", "L", 60, "bilinear", 60)])
 def test_read_image_is_upright_rgb_and_squashed_to_the_encoders_size(
         tmp_path, monkeypatch, form, mode, width, method, decoded):
     path, plain = tmp_path / "image", SMOOTH.resize((width, 2 * width // 3)).convert(mode)
@@ -471,36 +465,29 @@ def test_read_image_is_upright_rgb_and_squashed_to_the_encoders_size(
 
 
 def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, monkeypatch, capsys):
-    cut, bomb, folder, pipe, endless, missing = paths = [tmp_path / name for name in "abcdef"]
+    cut, bomb, missing = paths = [tmp_path / name for name in "abc"]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15000)
     SMOOTH.save(bomb, "PNG")
     SMOOTH.save(cut, "JPEG")
     os.truncate(cut, 1500)
-    folder.mkdir()
-    os.mkfifo(pipe)
-    endless.symlink_to("/dev/zero")
     texts = ["red " * 62, "red " * 61, *198 * ["red"]]  # [CLS] and [SEP] count as well
     given = tmp_path / "cache", [(path, texts) for path in paths], encoded.net
-    assert ends_well(forked(data.FeatureCache, *given))
-    assert list(data.FeatureCache(*given).unreadable) == list(range(6))
-    said = "6 images (6 unreadable), 1200 texts; 6 have 64 tokens or more: f_T reads 64"
+    assert list(data.FeatureCache(*given).unreadable) == [0, 1, 2]
+    said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64"
     assert said in capsys.readouterr().out
-    for error, code in ((MemoryError, 2), (KeyboardInterrupt, 130)):  # are not the picture's fault
-        monkeypatch.setattr(Image, "open", Mock(side_effect=error))
-        assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == code
+    monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))  # is not the picture's fault
+    assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == 2
 
 
 def test_toy_data_are_always_the_same_bytes_and_replace_nothing(tmp_path, monkeypatch):
     toy, again, mine = (tmp_path / name for name in ("toy", "a/b/again", "mine"))
-    (mine / "coco").mkdir(parents=True)
+    mine.mkdir()
     for folder in (toy, again):
         data.write_toy(folder, 4, 5)
     before = tree(tmp_path)
     assert tree(toy) == tree(again)
-    for folder in (toy, mine):
-        assert f"{folder} exists, but not as toy data of" in call(data, "toy", folder, code=2).err
+    assert f"{mine} exists, but not as toy data of" in call(data, "toy", mine, code=2).err
     monkeypatch.setattr(data, "write_toy_mvsa", lambda *given: 1 / 0)
-    data.write_toy(toy, 4, 5)  # is there
     with pytest.raises(ZeroDivisionError):
         data.write_toy(tmp_path / "interrupted", 4, 5)
     assert tree(tmp_path) == before
@@ -565,8 +552,6 @@ def test_epoch_order_has_every_image_once_with_one_of_its_captions():
         assert sorted(images) == list(train) and np.array_equal(texts // 5, images)
     for images, texts in others:
         assert not np.array_equal(images, first[0]) and not np.array_equal(texts % 5, first[1] % 5)
-    drawn = {draw for epoch in range(60) for draw in zip(*data.epoch_order(cache, train, 0, epoch))}
-    assert len(drawn) == 40 * 5
 
 
 def test_hold_out_trains_on_no_held_out_image_and_a_lost_image_moves_no_other():
@@ -680,14 +665,7 @@ def test_a_killed_cache_frees_its_lock_and_is_encoded_anew_once_to_the_same_byte
     assert capfd.readouterr().err.count("cannot be read as an image") == 2  # the killed one's, and one more
 
 
-def test_features_that_float16_cannot_hold_are_refused(encoded, tmp_path):
-    net = model.TIJEPA(encoded.net.config)
-    net.image_encoder.vit.norm.weight *= 1e6
-    with pytest.raises(UserError, match="do not fit float16"):
-        data.FeatureCache(tmp_path, encoded.items, net)
-
-
-# ---- data.py: MVSA, its splits, and 20,000 damaged files ---------------------------------------------------
+# ---- data.py: MVSA, its splits, damaged files ---------------------------------------------------------------
 
 P, U, N = data.LABELS
 
@@ -708,24 +686,21 @@ def test_posts_of_any_encoding_are_read_and_dropped_for_each_reason(tmp_path):
     for i, content in enumerate([*texts, b"opposite", b"no image", b"no text"]):
         (folder / f"data/{i}.txt").write_bytes(content)
         (folder / f"data/{i}.jpg").touch()
-    for name in ("data/9.jpg", "data/10.txt"):
-        (folder / name).unlink()
-        (folder / name).mkdir()  # is there, but no file
+    (folder / "data/9.jpg").unlink()
+    (folder / "data/10.txt").unlink()
     posts, skipped = data.load_mvsa(folder)
     assert posts == [data.Post("single", str(i), folder / f"data/{i}.jpg", text, [0, 2, 1, *5 * [2]][i])
                      for i, text in enumerate(texts.values())]
     assert skipped == {"text and image of opposite polarity": 1, "text or image file missing": 2}
 
 
-def test_find_mvsa_knows_both_sets_by_their_headers(toy, tmp_path):
+def test_find_mvsa_knows_both_sets_by_their_headers(tmp_path):
     single, multi = write_labels(tmp_path / "b", [], 1), write_labels(tmp_path / "y/a", [], 3)
     assert data.find_mvsa(tmp_path) == {"single": single, "multi": multi}
     assert data.find_mvsa(single) == {"single": single}
     write_labels(tmp_path / "copy", [], 1)
     with pytest.raises(UserError, match="two folders hold MVSA-single"):
         data.find_mvsa(tmp_path)
-    posts = [post for folder in data.find_mvsa(toy / "mvsa").values() for post in data.load_mvsa(folder)[0]]
-    assert len({p.id for p in posts}) < len(posts) == len({(p.set, p.id) for p in posts}) == 61 + 121
 
 
 def test_read_labels_takes_what_two_of_three_say_of_the_text_and_of_the_image(tmp_path):
@@ -740,8 +715,6 @@ def test_read_labels_takes_what_two_of_three_say_of_the_text_and_of_the_image(tm
 
 
 LABELLED = np.random.default_rng(0).choice(3, 505, p=[0.6, 0.1, 0.3])
-
-
 GROUPS = np.arange(505)
 GROUPS[250:300] = np.repeat(np.arange(10), 5)  # and posts 0-9 with them
 SPLITS = {"stratified_split": data.stratified_split, "random_split": data.random_split,
@@ -829,10 +802,8 @@ def test_label_files_of_any_newline_are_read_and_damaged_lines_refused(tmp_path,
 
 
 @pytest.mark.parametrize("old, new, words", [
-    ("[", "", "not COCO"), ('"images"', '"pictures"', "not COCO"), ('"id": 1', '"id": 1.0', "not COCO"),
-    ('"id": 1', '"id": true', "not COCO"), ('"b"', "7", "not COCO"), ('"image_id": 1, ', "", "not COCO"),
-    ('"1.jpg"', "1", "not COCO"), ('"id": 1', '"id": 0', "twice"), ('"1.jpg"', '"0.jpg"', "twice"),
-    ("[", "[" * 9999, "not COCO")])
+    ("[", "", "not COCO"), ('"id": 1', '"id": true', "not COCO"), ('"b"', "7", "not COCO"),
+    ('"1.jpg"', "1", "not COCO"), ('"id": 1', '"id": 0', "twice"), ('"1.jpg"', '"0.jpg"', "twice")])
 def test_damaged_caption_files_are_refused(old, new, words):
     good = caption_file([(i, f"{i}.jpg") for i in range(3)], enumerate("abc")).decode()
     files, captions = {i: f"{i}.jpg" for i in range(3)}, {0: ["a"], 1: ["b"], 2: ["c"]}
