@@ -15,11 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -193,23 +191,12 @@ def randomize(module):
     return module
 
 
-def test_block_equals_pytorchs_attention_with_the_same_weights():
-    block, x = randomize(model.Block(32, 4)), torch.randn(3, 7, 32, generator=generator_of(0))
-    text, lengths = torch.randn(3, 5, 32, generator=generator_of(1)), torch.tensor([[5], [2], [1]])
-    for given in ((), (text,), (text, torch.arange(5) < lengths)):
-        expected = plain_block(block, x, *given)
-        assert torch.allclose(block(x, *given), expected, atol=1e-5)
-        assert torch.allclose(block(x, *given, last=2), expected[:, -2:], atol=1e-5)
-
-
 def test_fusion_encoder_projects_then_attends_to_the_caption_alone(net, images):
     X, (s_image, s_text, text_mask, _) = randomize(net.context_encoder), net.frozen_features(images, TEXTS)
     x, text = X.image_proj(s_image), X.text_proj(s_text)
     for block in X.blocks:
         x = plain_block(block, x, text, text_mask)
     assert torch.allclose(X(s_image, s_text, text_mask), X.norm(x), atol=1e-5)
-    assert all([type(layer).__name__ for layer in proj] == ["Linear", "LayerNorm"]
-               for proj in (X.image_proj, X.text_proj))
 
 
 def test_predictor_and_fusion_encoder_start_from_xavier_g_with_i_jepas_rescaling(net):
@@ -290,14 +277,11 @@ def test_gradients_reach_x_and_the_predictor_only(net, images):
     for name, p in net.named_parameters():
         trained = name.startswith(("context_encoder", "predictor"))
         assert p.requires_grad == (p.grad is not None and bool(p.grad.any())) == trained, name
-    in_training = {name.split(".")[0] for name, part in net.named_modules() if name and part.training}
-    assert in_training == {"context_encoder", "predictor", "whiten"}  # the last has no weights
 
 
 @pytest.mark.parametrize("mask, visible", [("after", 1.0), ("before", 0.5)])
 def test_score_and_energy_matrix_are_the_energies_of_each_pair_wherever_it_stands(
         images, mask, visible, monkeypatch):
-    """Any leak from one pair to another would fake an AUC. With `before` a mask needs one pass of f_I."""
     net = model.TIJEPA(replace(CONFIG, mask=mask, visible=visible))
     masks = [sample_masks(net.grid, 1, draw, share=visible) for draw in range(3)]
     pairs = [net.frozen_features(images[i:i + 1], [text]) for i in range(3) for text in TEXTS]
@@ -336,11 +320,9 @@ def test_sigreg_term_by_hand():
     gaps = np.abs(np.exp(1j * shadows[:, :, None] * t).mean(0) - np.exp(-t * t / 2)) ** 2
     by_hand = 5 * np.trapezoid(gaps * np.exp(-t * t / 2), t).mean()
     assert model.sigreg_term(context, 7, 11).item() == pytest.approx(by_hand, rel=1e-4)
-    assert model.sigreg_term(context.bfloat16(), 7, 11).item() == pytest.approx(by_hand, rel=0.05)
 
 
 def save_text_encoder(folder, words=WORDS, file="config.json", **edit):
-    """The toy's f_T as a folder from the hub, with an edit of one of its files."""
     tokenizer, bert = model.toy_bert(words)
     tokenizer.save_pretrained(folder)
     bert.save_pretrained(folder)  # without a pooler, which AutoModel would make up
@@ -361,8 +343,6 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, images, tmp_path):
 
     for attempt, words in (
             (lambda: net.encode(images, "red"), "with 'red': .* with a list of B strings"),
-            (lambda: net.encode(images[:1], TEXTS), r"\[1, 3, 48, 48\] .* with \['a red dog', .* list of B"),
-            (lambda: net.encode(images[:, :, 8:], TEXTS), r"\[3, 3, 40, 48\] .* take .*\[3, 48, 48"),
             (lambda: net.frozen_features(images / 255, TEXTS), r"torch.float32 with .* of torch.uint8"),
             (lambda: sample_masks((9, 5), 2, 0), "9 x 5 patch grid is too small.*--image_encoder"),
             (lambda: load_image_encoder("test_vit", vit), "blocks.1.attn.proj.weight"),
@@ -371,12 +351,6 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, images, tmp_path):
             (lambda: load_text_encoder(file="tokenizer_config.json", pad_token=None), "no padding token")):
         with pytest.raises(UserError, match=words):
             attempt()
-
-
-def test_presets_are_the_papers():
-    for name, *sizes in (("small", 768, 4, 8), ("medium", 768, 6, 12), ("large", 1024, 8, 16)):
-        c = model.PRESETS[name]
-        assert [c.dim, c.depth, c.heads, c.predictor_depth, c.predictor_dim] == [*sizes, 12, 384]
 
 
 @pytest.mark.parametrize("name, prefix, kind", [
@@ -467,12 +441,11 @@ def test_a_checkpoint_runs_no_code_and_is_refused_unless_complete(pretrained, tm
     contents = {key: {k: v for k, v in complete.items() if k != key} for key in model.CHECKPOINT_KEYS}
     contents |= {"code": makes_folder, "a list": [1, 2], "no X": {**complete, "model": {"predictor": {}}}}
     content = pretrained.checkpoint.read_bytes()
-    ways = {"empty": Path.touch, "folder": Path.mkdir, "torn": lambda path: path.write_bytes(content[:-999])}
-    for name in (*contents, *ways):
+    for name in (*contents, "torn"):
         out, path = tmp_path / name, tmp_path / name / "checkpoint.pt"
         out.mkdir()
         (out / ".lock").touch()
-        torch.save(contents[name], path) if name in contents else ways[name](path)
+        torch.save(contents[name], path) if name in contents else path.write_bytes(content[:-999])
         before = tree(out)
         for command in (["--eval", path, "--device", "cpu"], [*pretrained.options, "--resume"]):
             said = call(pretrain, *command, "--out", out, code=2).err
@@ -493,15 +466,20 @@ def test_from_checkpoint_loads_all_weights_and_takes_moved_encoders_but_no_other
     parts = {name: getattr(net, name).state_dict() for name in model.TRAINED}
     contents = {"config": vars(config), "encoders": net.fingerprint(), "model": parts}
     torch.save(dict.fromkeys(model.CHECKPOINT_KEYS) | contents, "checkpoint.pt")
-    for given, words in ((("vit0", ""), "bert cannot be"), (("vit1", "bert0"), "other encoders: f_I weights"),
-                         (("vit0", "bert1"), "other encoders: f_T layer_norm_eps")):
-        with pytest.raises(UserError, match=words):
-            model.TIJEPA.from_checkpoint("checkpoint.pt", *given)
+    with pytest.raises(UserError, match="other encoders: f_I weights .* f_T layer_norm_eps"):
+        model.TIJEPA.from_checkpoint("checkpoint.pt", "vit1", "bert1")
     loaded = model.TIJEPA.from_checkpoint("checkpoint.pt", "vit0", "bert0")[0].state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())
 
 
-def test_pick_device_makes_the_gpu_that_is_asked_for_the_current_one(monkeypatch):
+def test_pick_device_and_dtype_take_what_there_is(monkeypatch):
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # torch counts emulation as well
+        supported = lambda including_emulation=True: fast or including_emulation
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert model.pick_dtype("auto", torch.device("cuda")) == dtype
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    assert model.pick_device() == torch.device("cpu")
     calls = []
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -513,28 +491,16 @@ def test_pick_device_makes_the_gpu_that_is_asked_for_the_current_one(monkeypatch
         assert calls[-3:] == [torch.device(device), "high", False]
 
 
-def test_pick_device_and_dtype_take_what_there_is(monkeypatch):
-    for fast, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # torch counts emulation as well
-        supported = lambda including_emulation=True: fast or including_emulation
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert model.pick_dtype("auto", torch.device("cuda")) == dtype
-    for backend in (torch.cuda, torch.backends.mps):
-        monkeypatch.setattr(backend, "is_available", lambda: False)
-    assert model.pick_device() == torch.device("cpu")
-
-
 # ---- data.py: pictures, the toy world, COCO ----------------------------------------------------------------
 
 
 def ends_well(process):
-    """Whether it does within a minute; it is killed if it hangs."""
     process.join(60)
     process.kill()
     return process.exitcode == 0
 
 
 def tree(folder):
-    """{name: bytes} of all that is below a folder."""
     return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
@@ -543,7 +509,7 @@ SMOOTH = Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3) ** 2).re
 
 @pytest.mark.parametrize("form, mode, width, method, decoded", [
     ("JPEG", "RGB", 1200, "bicubic", 150),  # a large one is decoded at an eighth
-    ("JPEG", "CMYK", 90, "bicubic", 90), ("PNG", "L", 60, "bicubic", 60), ("PNG", "RGB", 60, "bilinear", 60)])
+    ("JPEG", "CMYK", 90, "bicubic", 90), ("PNG", "L", 60, "bilinear", 60)])
 def test_read_image_is_upright_rgb_and_squashed_to_the_encoders_size(
         tmp_path, monkeypatch, form, mode, width, method, decoded):
     path, plain = tmp_path / "image", SMOOTH.resize((width, 2 * width // 3)).convert(mode)
@@ -561,72 +527,35 @@ def test_read_image_is_upright_rgb_and_squashed_to_the_encoders_size(
 
 
 def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, monkeypatch, capsys):
-    cut, bomb, folder, pipe, endless, missing = paths = [tmp_path / name for name in "abcdef"]
+    cut, bomb, missing = paths = [tmp_path / name for name in "abc"]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15000)
     SMOOTH.save(bomb, "PNG")
     SMOOTH.save(cut, "JPEG")
     os.truncate(cut, 1500)
-    folder.mkdir()
-    os.mkfifo(pipe)
-    endless.symlink_to("/dev/zero")
     texts = ["red " * 62, "red " * 61, *198 * ["red"]]  # [CLS] and [SEP] count as well
-    given = tmp_path / "cache", [(path, texts) for path in paths], encoded.net
-    assert ends_well(forked(data.FeatureCache, *given))
-    assert list(data.FeatureCache(*given).unreadable) == list(range(6))
-    said = "6 images (6 unreadable), 1200 texts; 6 have 64 tokens or more: f_T reads 64"
+    cache = data.FeatureCache(tmp_path / "cache", [(path, texts) for path in paths], encoded.net)
+    assert list(cache.unreadable) == [0, 1, 2]
+    said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64"
     assert said in capsys.readouterr().out
-    for error in (SyntaxError, ValueError, EOFError, RuntimeError, KeyError, TypeError, data.struct.error):
-        monkeypatch.setattr(Image, "open", Mock(side_effect=error("of a decoder")))
-        with pytest.raises(UserError, match="a cannot be read as an image: .*of a decoder"):
-            data.read_image(cut, encoded.net.image_encoder)
-    for error, code in ((MemoryError, 2), (KeyboardInterrupt, 130)):  # are not the picture's fault
-        monkeypatch.setattr(Image, "open", Mock(side_effect=error))
-        assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == code
-
-
-def things_in(path):
-    """The four (colour, pattern) that a toy picture shows; of green, blue and red the brightest channel."""
-    squares = np.array(Image.open(path))[8:40, 8:40].reshape(2, 16, 2, 16, 3).swapaxes(1, 2)  # two above two
-    squares = squares.reshape(4, 16, 16, 3)
-    colours = squares.mean((1, 2)) @ [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
-    across, down = (squares.mean((axis, 3)).std(1) > 10 for axis in (1, 2))  # bars, stripes
-    return list(zip(colours.argmax(1), np.where(across, 0, np.where(down, 1, 2))))
-
-
-def test_toy_captions_name_what_pictures_show_and_a_post_has_two_moods(toy):
-    colours = {word: i for i, (_, words) in enumerate(data.COLOURS) for word in words}
-    patterns = {word: i for i, words in enumerate(data.PATTERNS) for word in words}
-    for path, captions in data.load_coco(toy / "coco")[0][:-1]:  # the last one's picture is broken
-        for words in map(str.split, set(captions)):
-            assert [(colours[a], patterns[b]) for a, b in zip(words[::2], words[1::2])] == things_in(path)
-        assert len(set(captions)) == 5
-    folder, shares = toy / "mvsa" / "MVSA_Single", []
-    for line in (folder / "labelResultAll.txt").read_text().splitlines()[1:-1]:
-        post, text, image = re.split("[\t,]", line)
-        first, *_ = (folder / f"data/{post}.txt").read_text("gb18030").split()
-        assert data.LABELS[colours[first]] == text
-        shares.append(np.mean([data.LABELS[c] == image for c, _ in things_in(folder / f"data/{post}.jpg")]))
-    assert 0.8 < np.mean(shares) < 0.93  # 0.8, and a third of the others
+    monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))  # is not the picture's fault
+    assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == 2
 
 
 def test_toy_data_are_always_the_same_bytes_and_replace_nothing(tmp_path, monkeypatch):
     toy, again, mine = (tmp_path / name for name in ("toy", "a/b/again", "mine"))
-    (mine / "coco").mkdir(parents=True)
+    mine.mkdir()
     for folder in (toy, again):
         data.write_toy(folder, 4, 5)
     before = tree(tmp_path)
     assert tree(toy) == tree(again)
-    for folder in (toy, mine):
-        assert f"{folder} exists, but not as toy data of" in call(data, "toy", folder, code=2).err
+    assert f"{mine} exists, but not as toy data of" in call(data, "toy", mine, code=2).err
     monkeypatch.setattr(data, "write_toy_mvsa", lambda *given: 1 / 0)
-    data.write_toy(toy, 4, 5)  # is there
     with pytest.raises(ZeroDivisionError):
         data.write_toy(tmp_path / "interrupted", 4, 5)
     assert tree(tmp_path) == before
 
 
 def caption_file(images, notes):
-    """COCO's, of [(id, file name)] and [(id, caption)]."""
     content = {"images": [{"id": i, "file_name": name} for i, name in images],
                "annotations": [{"image_id": i, "caption": text} for i, text in notes]}
     return json.dumps(content).encode()
@@ -646,46 +575,34 @@ def test_coco_is_read_by_image_id_and_what_is_missing_is_counted(tmp_path):
     assert data.load_coco(tmp_path, 2) == (items[:2], skipped)
 
 
-class BadConnection(BaseHTTPRequestHandler):
-    """Of each file 500, then half of it, then the file; always 404 for what server.files lacks."""
-    log_message = Mock()
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        body, tries = self.server.files.get(self.path, b""), self.server.asked.count(self.path)
-        self.send_response(404 if not body else 500 if tries == 1 else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body if tries > 2 else body[:len(body) // 2])
-
-
 def test_coco_is_fetched_over_a_bad_connection_and_not_fetched_again(tmp_path, monkeypatch):
-    names = [*(f"{i}.jpg" for i in range(40)), "../a b#%41.jpg", "uncaptioned.jpg"]
-    packed, at = io.BytesIO(), "/annotations/annotations_trainval2017.zip"
+    """Each address fails, then breaks off, then answers; 39.jpg is nowhere."""
+    packed, root, asked = io.BytesIO(), "http://images.cocodataset.org", []
+    names = ["../a b#%41.jpg", *(f"{i}.jpg" for i in range(1, 40))]
     with data.ZipFile(packed, "w") as file:
-        file.writestr(CAPTIONS, caption_file([*enumerate(names)][::-1], [(i, "red") for i in range(41)]))
-    photos = {f"/train2017/{i}.jpg": b"image %d" % i for i in range(39)}  # 39.jpg is nowhere
-    files = {at: packed.getvalue(), **photos, "/train2017/a%20b%23%2541.jpg": b"odd"}
-    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), BadConnection)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(data, "COCO_URL", f"http://127.0.0.1:{server.server_port}")
+        file.writestr(CAPTIONS, caption_file([*enumerate(names)][::-1], [(i, "red") for i in range(40)]))
+    files = {f"{root}/annotations/annotations_trainval2017.zip": packed.getvalue(),
+             f"{root}/train2017/a%20b%23%2541.jpg": b"odd",
+             **{f"{root}/train2017/{i}.jpg": b"image %d" % i for i in range(1, 39)}}
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        tries = asked.count(url)
+        if tries == 1 or url not in files:
+            raise OSError("HTTP Error 404")
+        read = Mock(side_effect=data.HTTPException) if tries == 2 else lambda: files[url]
+        return contextlib.nullcontext(SimpleNamespace(read=read))
+
+    monkeypatch.setattr(data, "urlopen", urlopen)
     monkeypatch.setattr(data, "PAUSES", (0, 0, 0))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-    def fetch(files, images, code):
-        server.asked, server.files = [], files
-        said = call(data, "coco", tmp_path, "--images", images, code=code).err
-        return Counter(server.asked), said
-
-    assert fetch(files, 30, 0)[0] == dict.fromkeys([at, *list(photos)[:30]], 3)
-    assert not fetch(files, 30, 0)[0]
-    asked, said = fetch(files, 0, 2)
-    assert asked == dict.fromkeys([*list(files)[31:], "/train2017/39.jpg"], 3)
-    assert "39.jpg cannot be fetched: HTTP Error 404" in said
-    fetched = tree(tmp_path / "train2017")
-    assert all(fetched[Path(at).name] == body for at, body in photos.items())
-    assert len(fetch({}, 0, 2)[0]) <= 2  # the first that fails ends it
+    for images, code, urls in ((30, 0, list(files)[:31]), (30, 0, []), (39, 0, list(files)[31:40])):
+        asked.clear()
+        call(data, "coco", tmp_path, "--images", images, code=code)
+        assert Counter(asked) == dict.fromkeys(urls, 3)
+    _, *photos = files.values()
+    assert tree(tmp_path / "train2017") == {Path(name).name: photo for name, photo in zip(names, photos)}
+    said = call(data, "coco", tmp_path, "--images", 0, code=2).err
+    assert f"{root}/train2017/39.jpg cannot be fetched: HTTP Error 404; run again" in said
 
 
 def test_epoch_order_has_every_image_once_with_one_of_its_captions():
@@ -696,8 +613,6 @@ def test_epoch_order_has_every_image_once_with_one_of_its_captions():
         assert sorted(images) == list(train) and np.array_equal(texts // 5, images)
     for images, texts in others:
         assert not np.array_equal(images, first[0]) and not np.array_equal(texts % 5, first[1] % 5)
-    drawn = {draw for epoch in range(60) for draw in zip(*data.epoch_order(cache, train, 0, epoch))}
-    assert len(drawn) == 40 * 5
 
 
 def test_hold_out_trains_on_no_held_out_image_and_a_lost_image_moves_no_other():
@@ -715,10 +630,6 @@ def test_hold_out_trains_on_no_held_out_image_and_a_lost_image_moves_no_other():
         assert held - {lost} <= hold_out(lost) and len(hold_out(lost)) == 40
     cache.items.reverse()
     assert {99 - i for i in hold_out()} == held and len(hold_out(count=0)) == 10
-    cache.items = [(Path(f"{i}.jpg"), []) for i in range(2000)]
-    for images, held in ((2000, 100), (300, 30), (5, 2)):
-        cache.readable = np.arange(images)
-        assert len(data.hold_out(cache, 0)[1]) == held
 
 
 # ---- data.py: the feature cache ----------------------------------------------------------------------------
@@ -819,16 +730,7 @@ def test_a_killed_cache_frees_its_lock_and_is_encoded_anew_once_to_the_same_byte
     assert capfd.readouterr().err.count("cannot be read as an image") == 2  # the killed one's, and one more
 
 
-@pytest.mark.parametrize("last_norm", [lambda net: net.image_encoder.vit.norm,
-                                       lambda net: net.text_encoder.bert.encoder.layer[-1].output.LayerNorm])
-def test_features_that_float16_cannot_hold_are_refused(encoded, tmp_path, last_norm):
-    net = model.TIJEPA(encoded.net.config)
-    last_norm(net).weight *= 1e6
-    with pytest.raises(UserError, match="do not fit float16"):
-        data.FeatureCache(tmp_path, encoded.items, net)
-
-
-# ---- data.py: MVSA, its splits, and 20,000 damaged files ---------------------------------------------------
+# ---- data.py: MVSA, its splits, damaged files --------------------------------------------------------------
 
 P, U, N = data.LABELS
 
@@ -849,45 +751,35 @@ def test_posts_of_any_encoding_are_read_and_dropped_for_each_reason(tmp_path):
     for i, content in enumerate([*texts, b"opposite", b"no image", b"no text"]):
         (folder / f"data/{i}.txt").write_bytes(content)
         (folder / f"data/{i}.jpg").touch()
-    for name in ("data/9.jpg", "data/10.txt"):
-        (folder / name).unlink()
-        (folder / name).mkdir()  # is there, but no file
+    (folder / "data/9.jpg").unlink()
+    (folder / "data/10.txt").unlink()
     posts, skipped = data.load_mvsa(folder)
     assert posts == [data.Post("single", str(i), folder / f"data/{i}.jpg", text, [0, 2, 1, *5 * [2]][i])
                      for i, text in enumerate(texts.values())]
     assert skipped == {"text and image of opposite polarity": 1, "text or image file missing": 2}
 
 
-def test_find_mvsa_knows_both_sets_by_their_headers(toy, tmp_path):
+def test_find_mvsa_knows_both_sets_by_their_headers(tmp_path):
     single, multi = write_labels(tmp_path / "b", [], 1), write_labels(tmp_path / "y/a", [], 3)
     assert data.find_mvsa(tmp_path) == {"single": single, "multi": multi}
     assert data.find_mvsa(single) == {"single": single}
     write_labels(tmp_path / "copy", [], 1)
     with pytest.raises(UserError, match="two folders hold MVSA-single"):
         data.find_mvsa(tmp_path)
-    posts = [post for folder in data.find_mvsa(toy / "mvsa").values() for post in data.load_mvsa(folder)[0]]
-    assert len({p.id for p in posts}) < len(posts) == len({(p.set, p.id) for p in posts}) == 61 + 121
 
 
 def test_read_labels_takes_what_two_of_three_say_of_the_text_and_of_the_image(tmp_path):
     words, none = dict(zip("PUN", data.LABELS)), "no majority"
-    cases = {"PP PP NU": 0, "PU UU PN": 0, "UU UU PN": 1, "NN NU UN": 2, "PU UU NU": none, "PP PN PU": none,
-             "PN PN UU": "text and image of opposite polarity"}
+    opposite = "text and image of opposite polarity"
+    cases = {"PP PP NU": 0, "PU UU PN": 0, "UP UP PN": 0, "UU UU PN": 1, "NN NU UN": 2, "UN UN PP": 2,
+             "NU NU UP": 2, "PU UU NU": none, "PP PN PU": none, "PN PN UU": opposite, "NP NP UU": opposite}
     rows = ["\t".join([case, *(f"{words[text]},{words[image]}" for text, image in case.split())])
             for case in cases]
     kind, labels, skipped = data.read_labels(write_labels(tmp_path, rows, 3) / "labelResultAll.txt")
     assert kind == "multi" and {**labels, **skipped} == cases
 
 
-def test_merge_labels_lets_neutral_give_way_and_drops_opposites():
-    assert data.LABELS == ("positive", "neutral", "negative")  # 0, 1, 2 of CLMLF's files
-    merged = [[data.merge_labels(text, image) for image in (P, U, N)] for text in (P, U, N)]
-    assert merged == [[P, P, None], [P, U, N], [None, N, N]]
-
-
 LABELLED = np.random.default_rng(0).choice(3, 505, p=[0.6, 0.1, 0.3])
-
-
 GROUPS = np.arange(505)
 GROUPS[250:300] = np.repeat(np.arange(10), 5)  # and posts 0-9 with them
 SPLITS = {"stratified_split": data.stratified_split, "random_split": data.random_split,
@@ -916,7 +808,6 @@ def test_splits_are_8_1_1_of_all_posts_by_their_seed(name, off):
 
 
 def write_split(folder, *parts):
-    """CLMLF's files of lists of (id, label)."""
     folder.mkdir(parents=True)
     for name, part in zip(("train", "dev", "test"), parts):
         content = [{"id": i, "text": "", "emotion_label": label} for i, label in part]
@@ -939,10 +830,9 @@ def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
     for folder, given in ((root, odd), (tmp_path / "twice", posts), (root / "MVSA-multiple", posts)):
         with pytest.raises(UserError, match="is not a split of MVSA-single"):
             data.clmlf_split(folder, given)
-    for content in ('[{"id":', "[3]", '[{"id": "1"}]', "7"):
-        (tmp_path / "twice" / "dev.json").write_text(content)
-        with pytest.raises(UserError, match="dev.json is no list of id, emotion_label"):
-            data.clmlf_split(tmp_path / "twice", posts)
+    (tmp_path / "twice" / "dev.json").write_text('[{"id": "1"}]')
+    with pytest.raises(UserError, match="dev.json is no list of id, emotion_label"):
+        data.clmlf_split(tmp_path / "twice", posts)
     shutil.copytree(root / "MVSA-Single", root / "single too")
     with pytest.raises(UserError, match="looked for one train.json of MVSA-single,.* found 2"):
         data.clmlf_split(root, posts)
@@ -959,88 +849,53 @@ def test_duplicate_groups_join_posts_of_the_same_words_or_image(tmp_path):
         [("words", 2), ("image", 7)], [("image", 8), ("words", 8)]]
 
 
-LABEL_ROWS = [("ID", "\ttext,image"), ("", ""), ("0", "\tnegative, positive"), ("1", "\tneutral,NEGATIVE"),
-              ("2", "\tpositive ,Neutral"), ("", "")]
-GOOD_LABELS = [newline.join(first + n * pair for first, pair in LABEL_ROWS).encode(code)
-               for n in (1, 3) for newline in ("\n", "\r\n", "\r") for code in ("utf-8", "utf-8-sig")]
-GOOD_CAPTIONS = [caption_file([(i, f"{i}.jpg") for i in range(3)], [(i, "red bars") for i in range(3)])]
-PIECES = (b"", b"7", b"true", b"1e3", b"\xef\xbb\xbf", b"\x0b", b"\xc2\x85", b"\xff", b"[" * 9999)
+@pytest.mark.parametrize("end, code, n", [("\n", "utf-8", 1), ("\r\n", "utf-8-sig", 3), ("\r", "utf-8", 3)])
+def test_label_files_of_any_newline_are_read_and_damaged_lines_refused(tmp_path, end, code, n):
+    rows = ("ID", "text,image"), ("", ""), ("0", "negative, positive"), ("1", "neutral,NEGATIVE"), (
+        "2", "positive ,Neutral"), ("", "")
+    path, good = tmp_path / "labels", [first + n * f"\t{pair}" * bool(pair) for first, pair in rows]
+    path.write_bytes(end.join(good).encode(code))
+    assert data.read_labels(path)[1:] == (
+        {"1": 2, "2": 0}, {"0": "text and image of opposite polarity"})
+    for line, bad in ((0, "ID\ttext"), (0, good[0] + "\ttext,image"), (3, good[2]), (2, good[2] + "x"),
+                      (3, good[3][1:]), (3, "\x0b" + good[3].replace("neutral", "none")), (4, good[4] * 2),
+                      (4, good[4].replace(",", ";")), (4, "caf\u00e9" + good[4][1:]), (4, good[4][:-1])):
+        path.write_bytes(end.join([*good[:line], bad, *good[line + 1:]]).encode(code))
+        with pytest.raises(UserError, match=f"line {line + 1}:" if line else "the first line"):
+            data.read_labels(path)
 
 
-def check_labels(content):
-    """Fails if the file should have been refused, or a line of it is not in the result."""
-    file = SimpleNamespace(is_file=lambda: True, read_bytes=lambda: content)  # without a disk
-    kind, labels, skipped = data.read_labels(file)
-    header, *lines = [line for line in re.split("\r\n|\r|\n", content.decode("utf-8-sig")) if line.strip()]
-    columns, word = {"single": 1, "multi": 3}[kind], r"\s*(?:positive|neutral|negative)\s*"
-    line = re.compile(rf"\s*(\S(?:[^\t]*\S)?)\s*" + rf"\t{word},{word}" * columns, re.IGNORECASE)
-    assert header.count("\t") == columns
-    assert sorted(line.fullmatch(each)[1] for each in lines) == sorted({*labels, *skipped})
-
-
-def check_captions(content):
-    files, captions = data.parse_captions(content, "captions.json")
-    parsed = json.loads(content)
-    assert len(set(files.values())) == len(parsed["images"]) and {*map(type, (*files, *captions))} <= {int}
-    assert sorted(files.items()) == sorted((image["id"], image["file_name"]) for image in parsed["images"])
-    pairs = sorted((note["image_id"], note["caption"].strip()) for note in parsed["annotations"])
-    assert sorted((i, text) for i, texts in captions.items() for text in texts) == pairs
-
-
-@pytest.mark.parametrize("good, check", [(GOOD_LABELS, check_labels), (GOOD_CAPTIONS, check_captions)])
-def test_fuzzed_files_give_a_user_error_or_what_they_say(good, check):
-    rng, refused = fresh_rng(), 0
-    for case in range(10000):
-        tokens = re.findall(rb"[a-z]+|\d+|[^a-z\d]", good[rng.integers(len(good))])
-        words = [i for i, token in enumerate(tokens) if token.isalnum()]
-        if case % 2:  # a word or number for another
-            at, other = rng.choice(words, 2)
-            tokens[at] = tokens[other]
-        for at in rng.integers(len(tokens), size=case % 10 // 4):  # each fifth is left as it is
-            tokens[at:at + rng.integers(3)] = [PIECES[rng.integers(len(PIECES))]]
-        try:
-            check(b"".join(tokens))
-        except UserError:
-            refused += 1
-            assert case % 10 not in (0, 2), tokens
-    assert 1500 < refused < 8500
+@pytest.mark.parametrize("old, new, words", [
+    ("[", "", "not COCO"), ('"id": 1', '"id": true', "not COCO"), ('"b"', "7", "not COCO"),
+    ('"1.jpg"', "1", "not COCO"), ('"id": 1', '"id": 0', "twice"), ('"1.jpg"', '"0.jpg"', "twice")])
+def test_damaged_caption_files_are_refused(old, new, words):
+    good = caption_file([(i, f"{i}.jpg") for i in range(3)], enumerate("abc")).decode()
+    files, captions = {i: f"{i}.jpg" for i in range(3)}, {0: ["a"], 1: ["b"], 2: ["c"]}
+    assert data.parse_captions(good, "") == (files, captions)
+    with pytest.raises(UserError, match=words.replace("COCO", "a COCO caption file")):
+        data.parse_captions(good.replace(old, new, 1), "captions.json")
 
 
 # ---- pretrain.py: what the loop is made of -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, given, expected", [
-    ("cosine", [0.04, 0.4], {0: 0.04, 25: 0.0927208, 50: 0.22, 100: 0.4}),
-    ("warmup_cosine", [10, 2e-4, 1e-3, 1e-6], {0: 2e-4, 5: 6e-4, 10: 1e-3, 55: 5.005e-4, 100: 1e-6})])
-def test_schedule_passes_through_its_points(name, given, expected):
-    schedule = getattr(pretrain, name)
-    assert {step: schedule(step, 101, *given) for step in expected} == pytest.approx(expected)
-    only = schedule(0, 1, *[0 if value == 10 else value for value in given])  # a run of one step
-    assert only == pytest.approx(1e-3 if name == "warmup_cosine" else given[0])
-
-
 def test_biases_and_norms_are_not_decayed(net):
     decayed, plain = (group["params"] for group in pretrain.build_optimizer(net).param_groups)
-    names = {id(p): name for name, p in net.named_parameters()}
-    assert all(re.search(r"bias$|norm|_proj\.1", names[id(p)]) for p in plain)
-    assert all(names[id(p)].endswith(("weight", "mask_token")) for p in decayed)
-    assert len(decayed) + len(plain) == sum(p.requires_grad for p in net.parameters())
-
-
-RANKED = torch.arange(8.0).expand(8, 8)  # an image's own caption is the first, second, ... eighth
-RANKED_FIGURES = {"auc": 0.5, "recall@1": 1 / 8, "recall@5": 5 / 8}
+    kind = {p: bool(re.search(r"bias$|norm|_proj\.1", name)) for name, p in net.named_parameters()}
+    assert {p: kind[p] for p in kind if p.requires_grad} == {
+        **dict.fromkeys(decayed, False), **dict.fromkeys(plain, True)}
 
 
 def test_retrieval_metrics_by_hand():
     energies = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 0.5], [0.0, 0.0, 5.0]])
     by_hand = {"auc": (2 + 1 + 0) / 6, "recall@1": 1 / 3, "recall@5": 1.0}
     assert pretrain.retrieval_metrics(energies) == pytest.approx(by_hand)
-    assert pretrain.retrieval_metrics(RANKED) == pytest.approx(RANKED_FIGURES)
-    constant = {"auc": 0.5, "recall@1": 0, "recall@5": 0}  # it says nothing
-    assert pretrain.retrieval_metrics(torch.ones(9, 9)) == constant
-    for value in (np.nan, np.inf):
-        with pytest.raises(FloatingPointError, match="an energy is not finite"):
-            pretrain.retrieval_metrics(torch.where(energies == 0.5, value, energies))
+    ranked = pretrain.retrieval_metrics(torch.arange(8.0).expand(8, 8))  # an own caption at each rank
+    assert ranked == pytest.approx({"auc": 0.5, "recall@1": 1 / 8, "recall@5": 5 / 8})
+    constant = pretrain.retrieval_metrics(torch.ones(9, 9))  # it says nothing
+    assert constant == {"auc": 0.5, "recall@1": 0, "recall@5": 0}
+    with pytest.raises(FloatingPointError, match="an energy is not finite"):
+        pretrain.retrieval_metrics(energies.where(energies != 0.5, np.inf))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -1125,90 +980,52 @@ def test_energy_maps_average_the_masks_that_hid_each_patch_and_are_shown(net, im
 
 
 def test_bench_adds_up_a_step_of_its_parts_and_needs_no_data(tmp_path, monkeypatch):
-    """Masks, forward and backward once a micro-batch, optimiser and EMA once a step, 9 steps an epoch."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrain.bench, "__defaults__", (4, 60))  # rounds, seconds
-    monkeypatch.setattr(pretrain, "PEAK_TFLOPS", {"": 10})  # of a device without a name
     options = "--bench --batch_size 8 --accumulate 4 --epochs 3 --max_images 80 --held_out 8 --device cpu"
     lines = call(pretrain, *options.split()).out.splitlines()
     printed = {line[:44].strip(): float(line[44:]) for line in lines}
     *once_a_part, optimiser, ema = (printed[f"{part}, ms for 2 images"] for part in pretrain.PARTS)
-    step = (4 * sum(once_a_part) + optimiser + ema) / 1000
-    # f_I: 37 tokens of width 96, 2 blocks of 12 D^2 + 2 N D multiply-adds, 36 patches of 192 values
-    by_hand = {"f_I, GFLOP per image": 2 * (2 * 37 * (12 * 96 ** 2 + 2 * 37 * 96) + 36 * 192 * 96) / 1e9,
-               "step of 8 images, --accumulate 4, ms": 1000 * step, "training, images/s": 8 / step,
-               "MFU on , %": 100 * 8 * printed["training, GFLOP per image"] / step / 10e3,
-               "disk for the features, GB": 2e-9 * 80 * (36 * 96 + 5 * 24 * 96),
-               "minutes to pretrain, 27 steps": 27 * step / 60}
-    assert {name: printed[name] for name in by_hand} == pytest.approx(by_hand, rel=2e-3)
+    minutes = 27 * (4 * sum(once_a_part) + optimiser + ema) / 60e3  # 9 steps an epoch
+    assert printed["minutes to pretrain, 27 steps"] == pytest.approx(minutes, rel=2e-3)
     assert not list(tmp_path.iterdir()) and min(printed.values()) > 0
 
 
 def run_log(out):
     """The lines of a log, which must be strict JSON, without the fields that tell the time."""
-    path = out / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
     lines = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # not NaN, not Infinity
     return [{name: value for name, value in line.items() if name not in SLOW} for line in lines]
 
 
-def run_state(out):
-    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-    parts = ("step", "running", "model", "optimizer", "scaler")
-    return {"log": run_log(out), **{part: checkpoint[part] for part in parts}}
-
-
-def assert_same_run(out, expected):
+def assert_same_run(*outs):
     """Weights, optimizer, GradScaler and log, bit for bit."""
-    torch.testing.assert_close(run_state(out), run_state(expected), rtol=0, atol=0)
+    states = [torch.load(out / "checkpoint.pt", weights_only=True) | {"log": run_log(out)} for out in outs]
+    parts = ("step", "running", "model", "optimizer", "scaler", "log")
+    torch.testing.assert_close(*([state[part] for part in parts] for state in states), rtol=0, atol=0)
 
 
 def train(run, out, *options, code=0):
-    """pretrain.py with a run's options and these; of options given twice the later one counts."""
+    """pretrain.py with a run's options and these, which count more."""
     return call(pretrain, *run.options, *options, "--out", out, code=code)
 
 
-def in_step(patch, number, work, *given):
-    """From now on, a run in this process does work(*given) within that step, once."""
-    left = [work]
-
-    def warmup_cosine(step, *inputs, warmup_cosine=pretrain.warmup_cosine):
-        if step == number - 1 and left:
-            left.pop()(*given)
-        return warmup_cosine(step, *inputs)
-
-    patch.setattr(pretrain, "warmup_cosine", warmup_cosine)
+def after(patch, owner, name, note):
+    """From now on each call of this function is followed by note(result, *given)."""
+    real = getattr(owner, name)
+    patch.setattr(owner, name, lambda *given: (result := real(*given), note(result, *given))[0])
 
 
 @pytest.fixture
-def forwards(monkeypatch):
-    """The masks and the Output of each forward pass with gradients of this test's runs."""
-    passes, forward = [], model.TIJEPA.forward
-
-    def record(net, features, masks, visible=None):
-        out = forward(net, features, masks, visible)
-        if torch.is_grad_enabled():
-            passes.append((masks, out))
-        return out
-
-    monkeypatch.setattr(model.TIJEPA, "forward", record)
-    return passes
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """A narrower toy preset: float16, which many CPUs only emulate, is ten times slower than float32."""
+def passes(monkeypatch):
+    """The masks and the Output of each forward pass with gradients of this test's runs. Their toy preset is
+    narrower: float16, which many CPUs only emulate, is ten times slower than float32."""
     config = replace(model.PRESETS["toy"], dim=48, predictor_dim=32, depth=1, predictor_depth=1)
     monkeypatch.setitem(model.PRESETS, "toy", config)
-
-
-@pytest.fixture(scope="session")
-def unbroken(pretrained, tmp_path_factory):
-    """A run of 40 steps without a break: its options and its folder."""
-    run = SimpleNamespace(options=[*pretrained.options, *SHORT, "--accumulate", 1])
-    run.out = tmp_path_factory.mktemp("unbroken")
-    train(run, run.out)
-    return run
+    passes = []
+    after(monkeypatch, model.TIJEPA, "forward", lambda out, net, features, masks, *_: (
+        out.prediction.requires_grad and passes.append((masks, out))))
+    return passes
 
 
 @pytest.fixture(scope="session")
@@ -1216,91 +1033,71 @@ def cut_off(pretrained, tmp_path_factory):
     """The folder of the run `pretrained`, stopped after its third step of four."""
     out = tmp_path_factory.mktemp("cut_off")
     with pytest.MonkeyPatch.context() as patch:
-        in_step(patch, 3, signal.raise_signal, signal.SIGTERM)
+        after(patch, pretrain, "warmup_cosine", lambda _, step, *rest: (
+            step == 2 and signal.raise_signal(signal.SIGTERM)))
         train(pretrained, out, code=143)
     return out
 
 
 def test_pretrain_end_to_end(pretrained):
-    said, log = pretrained.done.out, run_log(pretrained.out)
-    assert "pretrain: preset toy, 32 images" in said and "8 held out" in said
-    assert "read 40 images, skipped: 1 image not on disk, 1 unreadable image" in said
+    log = run_log(pretrained.out)
+    assert "read 40 images, skipped: 1 image not on disk, 1 unreadable image" in pretrained.done.out
     assert all(name in pretrain.__doc__ for name in {*log[0], *SLOW})
     assert [(line["step"], line["epoch"]) for line in log] == [(3, 1.5), (4, 2.0)]
     share = np.prod([0.994 + 0.006 * step / 3 for step in range(4)])
     assert log[-1]["start_share"] == pytest.approx(share)
     assert f"warning: {share:.0%} of X~ is still its random start" in pretrained.done.err
-    by_hash = sorted((f"{i:012d}.jpg" for i in range(40)), key=data.digest)
-    assert sorted(torch.load(pretrained.checkpoint)["held_out"]) == sorted(by_hash[:8])
+    for name, size in (("curves", (1600, 320)), ("energies", (500, 320)), ("masks", (800, 840)),
+                       ("maps", (1000, 1080))):
+        picture = Image.open(pretrained.out / f"{name}.png")
+        assert picture.size == size and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+    figures = json.loads((pretrained.out / "eval.json").read_text())
+    same = figures.keys() & log[-1].keys()  # of the same weights
+    assert len(same) == 8 and all(figures[name] == pytest.approx(log[-1][name], rel=1e-5) for name in same)
+    assert figures["skipped"] == {"image not on disk": 1, "unreadable image": 1} and figures["images"] == 8
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_each_step_has_the_images_captions_masks_rates_and_momentum_that_are_promised(
-        narrow, pretrained, forwards, tmp_path, monkeypatch, shuffled):
-    """By the formulas of the paper: 20 steps, four an epoch, each of two micro-batches of four."""
-    reads, rates, momenta = [], [], []  # the latter two with how many passes, or steps, were before
-    read, step, update = data.FeatureCache.read, torch.optim.AdamW.step, model.TIJEPA.update_target
-
-    def record_step(optimizer, *inputs):
-        groups = optimizer.param_groups
-        rates.append((len(forwards), *(group[name] for name in ("lr", "weight_decay") for group in groups)))
-        return step(optimizer, *inputs)
-
-    monkeypatch.setattr(data.FeatureCache, "read", lambda *given: reads.append(given) or read(*given))
-    monkeypatch.setattr(torch.optim.AdamW, "step", record_step)
-    monkeypatch.setattr(model.TIJEPA, "update_target",
-                        lambda net, m: momenta.append((len(rates), m)) or update(net, m))
-    options = "--epochs 5 --batch_size 8 --seed 3" + " --shuffle_captions" * shuffled
-    train(pretrained, tmp_path, *options.split())
+@pytest.mark.parametrize("parts, options", [
+    (2, ""), (1, "--accumulate 1 --shuffle_captions --loss smooth_l1 --sigreg 0.5")])
+def test_each_step_has_the_images_captions_masks_rates_momentum_and_loss_that_are_promised(
+        pretrained, passes, tmp_path, monkeypatch, parts, options):
+    seeds, reads, rates, momenta = [], [], [], []  # the last two with how many passes, or steps, were before
+    after(monkeypatch, torch, "manual_seed", lambda _, seed: seeds.append(seed))
+    after(monkeypatch, data.FeatureCache, "read", lambda _, *given: reads.append(given))
+    after(monkeypatch, torch.optim.AdamW, "step", lambda _, optimizer: rates.append((len(passes), *(
+        group[name] for name in ("lr", "weight_decay") for group in optimizer.param_groups))))
+    after(monkeypatch, model.TIJEPA, "update_target", lambda _, net, m: momenta.append((len(rates), m)))
+    train(pretrained, tmp_path, *"--epochs 5 --batch_size 8 --seed 3".split(), *options.split())
     (cache, held_out), *draws = reads
     images, held = data.hold_out(cache, 8)
-    assert np.array_equal(held_out, (held, cache.first[held])) and len(draws) == len(forwards) == 40
-    drawn, orders = np.concatenate([draw for _, draw in draws], 1), []
+    assert np.array_equal(held_out, (held, cache.first[held])) and len(rates) == len(momenta) == 20
+    drawn, orders, losses = np.concatenate([draw for _, draw in draws], 1), [], []
     for epoch in range(5):
         order, captions = data.epoch_order(cache, images, 3, epoch)
-        orders.append((order, np.roll(captions, 1) if shuffled else captions))
-    assert np.array_equal(drawn, np.concatenate(orders, 1))
-    assert ((drawn[1] // 5 == drawn[0]) == (not shuffled)).all()  # five captions an image
+        orders.append((order, np.roll(captions, 1) if options else captions))
+    assert np.array_equal(drawn, np.concatenate(orders, 1)) and len(draws) == len(passes)
     for n in range(20):
-        for batch, *parts in zip(sample_masks((6, 6), 8, 3, n), forwards[2 * n][0], forwards[2 * n + 1][0]):
-            assert torch.equal(batch, torch.cat(parts)) and len(parts[0]) == 4
+        masks, outs = zip(*passes[parts * n:parts * (n + 1)])
+        for batch, *split in zip(sample_masks((6, 6), 8, 3, n), *masks):
+            assert torch.equal(batch, torch.cat(split)) and len(split[0]) == 8 // parts
         lr = 2e-4 + n * 4e-4 if n < 2 else 1e-6 + 0.999e-3 * (1 + np.cos(np.pi * (n - 2) / 17)) / 2
         wd = 0.4 - 0.36 * (1 + np.cos(np.pi * n / 19)) / 2
-        assert rates[n] == pytest.approx((2 * n + 2, lr, lr, wd, 0))
+        assert rates[n] == pytest.approx((parts * (n + 1), lr, lr, wd, 0))
         assert momenta[n] == pytest.approx((n + 1, 0.994 + 0.006 * n / 19))
-    assert len(rates) == len(momenta) == 20
-    losses = np.array([out.energy.mean().item() for _, out in forwards]).reshape(20, 2).mean(1)
+        energy = F.smooth_l1_loss if options else F.mse_loss
+        loss = np.mean([energy(out.prediction, out.target).item() for out in outs])
+        losses.append(loss + 0.5 * model.sigreg_term(outs[0].context, 3, n).item() * (parts == 1))
     for line in run_log(tmp_path):  # one each three steps, and at the end
         n, since = line["step"], (line["step"] - 1) // 3 * 3
         said = [line[name] for name in ("loss", "lr", "wd", "momentum")]
-        _, lr, _, wd, _ = rates[n - 1]
-        assert said == pytest.approx([losses[since:n].mean(), lr, wd, momenta[n - 1][1]])
-    torch.manual_seed(3)  # of the weights, too
-    fresh = model.TIJEPA(cache.net.config, (cache.net.image_encoder, cache.net.text_encoder))
-    masks, out = forwards[0]
-    first = fresh(next(cache.batches([draws[0][1]])), masks)
-    assert torch.allclose(first.prediction, out.prediction, atol=1e-5)
-
-
-def test_the_loss_is_the_one_that_is_named_with_sigreg_by_its_weight(narrow, pretrained, forwards, tmp_path):
-    options = "--epochs 1 --accumulate 1 --log_every 1 --seed 3 --loss smooth_l1 --sigreg 0.5"
-    train(pretrained, tmp_path, *options.split())
-    for step, ((_, out), line) in enumerate(zip(forwards, run_log(tmp_path), strict=True)):
-        d = (out.prediction - out.target).abs()
-        energy = torch.where(d < 1, 0.5 * d ** 2, d - 0.5).mean()
-        expected = energy + 0.5 * model.sigreg_term(out.context, 3, step)
-        assert line["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert said == pytest.approx([np.mean(losses[since:n]), *rates[n - 1][2:4], momenta[n - 1][1]])
+    assert seeds[0] == 3  # of the weights
 
 
 def test_gradients_are_clipped_and_accumulation_equals_the_large_batch(pretrained, tmp_path, monkeypatch):
-    norms, logs, step = [], [], torch.optim.AdamW.step
-
-    def record(optimizer, *inputs):
-        grads = [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
-        norms.append(torch.stack(grads).norm().item())
-        return step(optimizer, *inputs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    norms, logs = [], []
+    after(monkeypatch, torch.optim.AdamW, "step", lambda _, optimizer: norms.append(torch.cat(
+        [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm().item()))
     options = "--log_every 1 --target image --accumulate".split()
     for parts, clip in ((1, 0.05), (1, 1e6), (4, 1e6)):
         train(pretrained, tmp_path, *options, parts, "--clip", clip)
@@ -1318,22 +1115,18 @@ def test_pretraining_is_repeatable_and_replaces_what_is_there(pretrained, tmp_pa
     assert_same_run(tmp_path, pretrained.out)
 
 
-def test_half_precision_steps_as_single_does(narrow, pretrained, forwards, tmp_path):
+def test_half_precision_steps_as_single_does(pretrained, passes, net, images, tmp_path):
     runs = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         train(pretrained, tmp_path, *"--epochs 1 --log_every 1 --dtype".split(), str(dtype)[6:])
-        for _, out in forwards[-4:]:
+        for _, out in passes[-4:]:
             assert out.prediction.dtype == dtype and out.energy.dtype == out.target.dtype == torch.float32
-        runs.append([line[name] for line in run_log(tmp_path) for name in ("loss", "grad_norm")])
+        runs.append(np.array([[line[name] for line in run_log(tmp_path)] for name in ("loss", "grad_norm")]))
     single, *halves = runs
     for half in halves:
-        for n, (value, expected) in enumerate(zip(half, single, strict=True)):
-            assert value == pytest.approx(expected, rel=(0.02, 0.1)[n % 2]) and value != expected
-
-
-def test_frozen_encoders_run_in_half_precision(net, images):
+        assert (abs(half / single - 1) < [[0.02], [0.1]]).all() and (half != single).all()
     single = net.frozen_features(images, TEXTS)
-    net.dtype = torch.bfloat16
+    net.dtype = torch.bfloat16  # of the frozen encoders
     for half, exact in zip(net.frozen_features(images, TEXTS)[:2], single):
         assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), exact, atol=0.1)
         assert (half != exact.bfloat16()).float().mean() > 0.03  # not only rounded at the end
@@ -1368,42 +1161,18 @@ def test_a_run_leaves_no_tensor_on_the_cpu(pretrained, images, tmp_path, monkeyp
         assert pretrain.energy_matrix(net, features, draws=2).shape == (3, 3)
 
 
-def test_eval_command_measures_as_the_log_and_draws_four_pictures(pretrained):
-    for name, size in (("curves", (1600, 320)), ("energies", (500, 320)), ("masks", (800, 840)),
-                       ("maps", (1000, 1080))):
-        picture = Image.open(pretrained.out / f"{name}.png")
-        assert picture.size == size and len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    figures, logged = json.loads((pretrained.out / "eval.json").read_text()), run_log(pretrained.out)[-1]
-    same = figures.keys() & logged.keys()  # of the same weights
-    assert len(same) == 8 and all(figures[name] == pytest.approx(logged[name], rel=1e-5) for name in same)
-    assert figures["skipped"] == {"image not on disk": 1, "unreadable image": 1} and figures["images"] == 8
-
-
-def test_eval_command_ranks_typed_captions_by_their_energy(toy, pretrained, tmp_path, monkeypatch):
-    typed, drawn = ["red bars blue tiles lime bands ink lines", "moss bars", "who are they"], Mock()
-    monkeypatch.setattr(pretrain, "plot_maps", drawn)
-    image = toy / "mvsa" / "MVSA_Single" / "data" / "1.jpg"
-    lines = call(pretrain, "--eval", pretrained.checkpoint, "--device", "cpu", "--out", tmp_path, "--image",
-                 image, "--captions", *typed).out.splitlines()
-    energies, _, captions = zip(*(line.partition("  ") for line in lines))
-    energies = [float(energy) for energy in energies]
-    assert sorted(captions) == sorted(typed) and energies == sorted(energies) and len(set(energies)) == 3
-    net, _, features, ends, titles, path = drawn.call_args.args  # of the lowest and the highest
-    assert [titles[end] for end, in ends] == [lines[0], lines[2]] and path == tmp_path / "maps_1.png"
-    assert net.energies(features, ends, range(2))[0].tolist() == pytest.approx(energies[::2], abs=1e-4)
-
-
-def test_eval_command_draws_own_and_other_captions_in_the_precision_that_is_asked_for(
+def test_eval_command_draws_own_and_other_captions_in_the_precision_asked_for_and_ranks_typed_ones(
         toy, pretrained, tmp_path, monkeypatch):
-    names, measured, figure = torch.load(pretrained.checkpoint)["held_out"], Mock(return_value=RANKED), Mock()
+    names, ranked = torch.load(pretrained.checkpoint)["held_out"], torch.arange(8.0).expand(8, 8)
+    real, measured, figure = pretrain.energy_matrix, Mock(return_value=ranked), Mock()
     for name, stand_in in (("energy_matrix", measured), ("Figure", Mock(return_value=figure)),
                            ("plot_masks", Mock()), ("plot_maps", Mock())):
         monkeypatch.setattr(pretrain, name, stand_in)
-    call(pretrain, "--eval", pretrained.checkpoint, "--out", tmp_path, "--cache", tmp_path, "--device", "cpu",
-         "--dtype", "bfloat16", "--eval_masks", 3)
+    judge = "--eval", pretrained.checkpoint, "--out", tmp_path, "--cache", tmp_path, "--device", "cpu"
+    call(pretrain, *judge, "--dtype", "bfloat16", "--eval_masks", 3)
     (net, _, masks), figures = measured.call_args.args, json.loads((tmp_path / "eval.json").read_text())
-    assert net.dtype == torch.bfloat16 and masks == 3
-    assert {name: figures[name] for name in RANKED_FIGURES} == pytest.approx(RANKED_FIGURES)
+    assert net.dtype == torch.bfloat16 and masks == figures["masks"] == 3
+    assert figures.items() >= pretrain.retrieval_metrics(ranked).items()
     own, other = figure.subplots().hist.call_args.args[0]
     assert own.tolist() == list(range(8)) and sorted(other) == sorted(7 * list(range(8)))
     items = [item for item in data.load_coco(toy / "coco")[0] if item[0].name in names][:4]
@@ -1414,130 +1183,123 @@ def test_eval_command_draws_own_and_other_captions_in_the_precision_that_is_aske
     for drawn, encoded in zip(features[:3], net.frozen_features(torch.stack(pictures), titles)):
         differ = (drawn.float() - encoded.float()).flatten(1).norm(dim=1)
         assert len(drawn) == 4 and (differ <= 0.05 * encoded.float().flatten(1).norm(dim=1)).all()
-
-
-# ---- What one can rely on: silent accidents first ----------------------------------------------------------
+    measured.side_effect = real
+    lines = call(pretrain, *judge, "--image", items[0][0], "--captions", "red bars", "moss", "who").out
+    energies = [float(line.split()[0]) for line in lines.splitlines()]
+    net, _, features, ends, titles, path = pretrain.plot_maps.call_args.args  # of the lowest and the highest
+    assert energies == sorted(energies) and [titles[end] for end, in ends] == lines.splitlines()[::2]
+    assert path == tmp_path / f"maps_{items[0][0].stem}.png"
+    assert net.energies(features, ends, range(2))[0].tolist() == pytest.approx(energies[::2], abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype, number", [
     ("float32", signal.SIGTERM), ("bfloat16", signal.SIGINT), ("float16", signal.SIGTERM),
     ("overflow", signal.SIGINT), ("float32 --mask before --visible 0.3 --target whitened", signal.SIGINT)])
 def test_a_run_that_a_signal_stops_resumes_as_if_it_had_not(
-        narrow, unbroken, tmp_path, monkeypatch, dtype, number):
+        passes, pretrained, tmp_path, monkeypatch, dtype, number):
     """Between two log lines. Meanwhile a second run is refused, and a second Ctrl-C would end the process."""
     straight, cut, scaler = tmp_path / "straight", tmp_path / "cut", torch.amp.GradScaler
-    options = f"--epochs 3 --log_every 3 --resume --dtype {dtype.replace('overflow', 'float16')}".split()
+    options = [*SHORT, *"--accumulate 1 --epochs 3 --log_every 3 --resume --dtype".split(),
+               *dtype.replace("overflow", "float16").split()]
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
 
-    def interrupt():
-        before = tree(cut)
-        assert f"another run writes to {cut}" in train(unbroken, cut, *options, code=2).err
-        assert tree(cut) == before
-        signal.raise_signal(number)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the system's: it kills
+    def interrupt(_, step, *rest):
+        if step == 4:
+            before = tree(cut)
+            assert f"another run writes to {cut}" in train(pretrained, cut, *options, code=2).err
+            assert tree(cut) == before
+            signal.raise_signal(number)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the system's: it kills
 
     with monkeypatch.context() as patch:
         if dtype == "overflow":  # begin with a scale at which float16 gradients overflow
             patch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0 ** 27, **k))
-        train(unbroken, straight, *options)
-        in_step(patch, 5, interrupt)
-        stopped = train(unbroken, cut, *options, code=128 + number)
+        train(pretrained, straight, *options)
+        after(patch, pretrain, "warmup_cosine", interrupt)
+        stopped = train(pretrained, cut, *options, code=128 + number)
     assert "stopped after step 5 of 12" in stopped.out and "Traceback" not in stopped.err
     assert handlers == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
-    assert "after step 5 of 12" in train(unbroken, cut, *options).out
+    assert "after step 5 of 12" in train(pretrained, cut, *options).out
     assert_same_run(cut, straight)
-    log = run_log(cut)
-    skipped = [line["skipped_steps"] for line in log]
-    if dtype == "overflow":
-        assert skipped[:2] == [3, 6] and 6 <= skipped[-1] < 12 and log[0]["grad_norm"] is None
-    else:
-        assert skipped == [0] * 4 and all(line["grad_norm"] > 0 for line in log)
+    skipped, norms = ([line[name] for line in run_log(cut)] for name in ("skipped_steps", "grad_norm"))
+    overflow = dtype == "overflow"
+    assert skipped[:2] == [3 * overflow, 6 * overflow] and skipped[-1] < 12 and (norms[0] is None) == overflow
 
 
-def spoil(out, change):
-    """The checkpoint's content, changed."""
+def spoil(out, encoder):
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-    change(checkpoint)
+    checkpoint["model"][encoder]["blocks.0.mlp.2.weight"] *= -2
     torch.save(checkpoint, out / "checkpoint.pt")
 
 
 HELD_OUT, OTHER_DATA, OTHER_WEIGHTS = "{held_out}", "data (then ", "f_I weights (then "
 ACCIDENTS = {  # what happens: (how, words of --eval, words of --resume); no words: the command succeeds
-    "nothing": (lambda run: None, "", ""),
     "the log is cut off": (lambda run: os.truncate(run.out / "log.jsonl", 200), "", ""),
     "an image trained on is lost": (lambda run: run.others[0].unlink(True), "", OTHER_DATA),
     "all held out are lost": (lambda run: [path.unlink(True) for path in run.held_out], HELD_OUT, OTHER_DATA),
-    "another picture": (lambda run: shutil.copy(*run.held_out[:2]), HELD_OUT, OTHER_DATA),
     "other captions": (lambda run: run.captions.write_text(
         run.captions.read_text().replace('"caption": "', '"caption": "red ')), HELD_OUT, OTHER_DATA),
     "other weights": (lambda run: run.patch.setattr(
         model, "hash_weights", lambda module: "other"), OTHER_WEIGHTS, OTHER_WEIGHTS)}
 
 
-@pytest.mark.parametrize("what", ACCIDENTS)
+@pytest.mark.parametrize("change, of_eval, of_resume", ACCIDENTS.values(), ids=ACCIDENTS)
 def test_after_an_accident_a_run_ends_as_without_it_or_is_refused_and_left_as_it_was(
-        toy, pretrained, cut_off, tmp_path, monkeypatch, what):
+        toy, pretrained, cut_off, tmp_path, monkeypatch, change, of_eval, of_resume):
     """--eval of a finished run and --resume of one that was cut off, where the data are elsewhere now."""
     names, coco = torch.load(pretrained.checkpoint)["held_out"], tmp_path / "coco"
     images = sorted((shutil.copytree(toy / "coco", coco) / "train2017").iterdir())
     held_out, others = ([path for path in images if (path.name in names) == held] for held in (True, False))
     run = SimpleNamespace(captions=coco / CAPTIONS, held_out=held_out, others=others, patch=monkeypatch)
-    change, *words_of = ACCIDENTS[what]
-    for source, words in zip((pretrained.out, cut_off), words_of):
+    for source, words in ((pretrained.out, of_eval), (cut_off, of_resume)):
         run.out = shutil.copytree(source, tmp_path / source.name)
         change(run)
         before, path, resume = tree(run.out), run.out / "checkpoint.pt", source == cut_off
         command = [*pretrained.options, "--resume"] if resume else ["--eval", path]
         places = ["--coco", coco, "--cache", tmp_path / "cache", "--device", "cpu", "--out", run.out]
         said = call(pretrain, *command, *places, code=2 if words else 0).err
-        if words:
-            assert str(path) in said and words.format(held_out=held_out[1].name) in said
+        assert not words or str(path) in said and words.format(held_out=held_out[1].name) in said
         if resume and not words:
             assert_same_run(run.out, pretrained.out)
-        elif what != "an image trained on is lost":  # the yardstick is trained on one pair less
+        elif change != ACCIDENTS["an image trained on is lost"][0]:  # the yardstick has one pair less
             assert tree(run.out) == before
 
 
-def test_resume_names_every_option_that_decides_a_run_and_has_changed(pretrained, tmp_path, monkeypatch):
-    """All at once: what may not change here, and so any new option, decides."""
-    may_change = {"out", "coco", "device", "cache", "accumulate", "resume", "bench", "eval",
-                  "eval_masks", "image", "captions", "image_weights", "text_encoder"}
-    others = {"preset": "tiny", "image_encoder": "other", "loss": "smooth_l1", "target": "image",
-              "max_images": 41, "mask": "before"}
-    monkeypatch.setitem(model.PRESETS, "tiny", model.PRESETS["toy"])  # neither needs a download
-    encoder = model.ImageEncoder("toy")
-    monkeypatch.setattr(model, "ImageEncoder", lambda name, weights: encoder)
+def test_resume_names_every_option_that_decides_a_run_and_has_changed(pretrained, tmp_path):
+    of_no_effect = {"out", "coco", "device", "cache", "accumulate", "resume", "bench", "eval", "eval_masks",
+                    "image", "captions", "image_weights", "text_encoder"}
+    others = {"loss": "smooth_l1", "target": "image", "max_images": 41, "mask": "before"}
     then = vars(pretrain.parse_args([str(option) for option in pretrained.options]))
-    changed = ["--accumulate", 1, "--dtype", "bfloat16"]
+    changed = ["--cache", tmp_path, "--accumulate", 1, "--dtype", "bfloat16", "--resume"]
     expected = ["--dtype (then torch.float32, now torch.bfloat16)"]
-    for name in then.keys() - may_change - {"dtype"}:
+    for name in then.keys() - of_no_effect - {"dtype", "preset", "image_encoder"}:  # the latter need others
         value, flag = then[name], then[name] is False
         now = flag or others.get(name) or (value + 1 if type(value) is int else value / 2 or 0.5)
-        changed += [f"--{name}"] if flag else [f"--{name}", now]
+        changed += [f"--{name}", now][:2 - flag]
         expected.append(f"--{name} (then {value}, now {now})")
     out = shutil.copytree(pretrained.out, tmp_path / "out")
-    said = train(pretrained, out, *changed, "--cache", tmp_path, "--resume", code=2).err
+    said = train(pretrained, out, *changed, code=2).err
     assert [words for words in expected if words not in said] == [] and len(expected) > 10
     assert tree(out) == tree(pretrained.out)
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "START_LR", 1e30)
-    wild = "--lr 1e30 --clip 1e30 --log_every 1 --batch_size 32".split()  # else each step would be saved
+def test_a_loss_that_is_not_finite_is_never_saved(pretrained, tmp_path):
+    wild = "--lr 1e30 --clip 1e30 --epochs 1 --batch_size 32".split()  # one step, which would be saved
     old = shutil.copytree(pretrained.out, tmp_path / "old")
     for out in (tmp_path / "new", old):
-        said = train(pretrained, out, *wild, code=1).err
+        said = train(pretrained, out, *wild, "--accumulate", 1, code=1).err
         assert "--lr" in said and "not finite" in said
     assert not (tmp_path / "new" / "checkpoint.pt").exists() and tree(old) == tree(pretrained.out)
 
 
-def test_kill_9_at_8_random_moments_loses_nothing_but_time(unbroken, tmp_path):
-    rng, steps, checkpoint = fresh_rng(), [], tmp_path / "checkpoint.pt"
-    options = [str(option) for option in (*unbroken.options, "--resume", "--out", tmp_path)]
+def test_kill_9_at_8_random_moments_loses_nothing_but_time(pretrained, tmp_path):
+    rng, steps, out = fresh_rng(), set(), tmp_path / "killed"
+    options = [*SHORT, "--accumulate", 1, "--resume"]
+    checkpoint = out / "checkpoint.pt"
     for kill in range(8):
-        lines, end = len(run_log(tmp_path)), time.time() + 120
-        process = forked(lambda: sys.exit(pretrain.run(options)))
-        while kill % 4 < 3 and len(run_log(tmp_path)) == lines and process.is_alive():  # else at once
+        lines, end = len(run_log(out)), time.time() + 120
+        process = forked(train, pretrained, out, *options)
+        while kill % 4 < 3 and len(run_log(out)) == lines and process.is_alive():  # else at once
             assert time.time() < end, "no log line came"
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
@@ -1545,13 +1307,13 @@ def test_kill_9_at_8_random_moments_loses_nothing_but_time(unbroken, tmp_path):
         process.join()
         assert process.exitcode in (-9, 0)
         if checkpoint.exists():
-            steps.append(model.TIJEPA.from_checkpoint(checkpoint)[1]["step"])
-            if steps[-1] == 40:
+            steps.add(step := model.TIJEPA.from_checkpoint(checkpoint)[1]["step"])
+            if step == 40:
                 checkpoint.unlink()  # once more from the start
-    train(unbroken, tmp_path, "--resume")
-    assert len(set(steps)) > 2
-    train(unbroken, tmp_path, "--resume")  # of a run that is finished
-    assert_same_run(tmp_path, unbroken.out)
+    for folder in (out, out, tmp_path / "straight"):  # the second: of a run that is finished
+        train(pretrained, folder, *options)
+    assert len(steps) > 2
+    assert_same_run(out, tmp_path / "straight")
 
 
 def test_two_processes_have_the_losses_of_one(pretrained, tmp_path):
@@ -1575,8 +1337,6 @@ def test_a_checkpoint_that_cannot_be_written_gets_a_sentence_and_leaves_the_one_
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert f"{out}/checkpoint.pt cannot be written" in said
     assert {**tree(out), "log.jsonl": ""} == {**tree(cut_off), "log.jsonl": ""}
-    (tmp_path / "checkpoint.pt").mkdir()  # a folder in its place
-    assert "Is a directory" in train(pretrained, tmp_path, code=2).err
 
 
 def test_too_little_memory_names_what_to_lower_and_other_errors_are_raised(pretrained, tmp_path, monkeypatch):
@@ -1600,7 +1360,6 @@ UNTRAINED, ONLINE = "TI-JEPA, X~ untrained", "TI-JEPA, X in place of X~"
 
 
 def judge_mvsa(root, *options, code=0):
-    """finetune_mvsa.py on a folder's checkpoint and posts; of options given twice the later one counts."""
     places = ["--checkpoint", root / "checkpoint.pt", "--mvsa", root / "mvsa", "--out", root / "out"]
     short = ["--cache", MVSA_CACHE, "--device", "cpu", "--seeds", 0, 1, "--mode", "probe"]
     return call(finetune_mvsa, *places, *short, "--finetune_epochs", 1, *options, code=code)
@@ -1650,10 +1409,9 @@ def test_each_row_is_learnt_from_its_own_features_and_encoder_and_no_test_label(
     validation, test = np.split(np.setdiff1d(np.arange(len(y)), train), [8])
     changed, probes, args = y.copy(), {}, finetune_mvsa.parse_args(["--finetune_epochs", "2"])
     changed[test] = (y[test] + 1) % 3  # also of these, which are all, 1 is the rarest label
-    for seed in (0, 5):
-        given = net, cache, features, changed, (train, validation, test), seed, probes, args
-        fitted, rows = probes.copy(), finetune_mvsa.predict_rows(*given)
-        assert all(probes[key] is probe for key, probe in fitted.items())  # both seeds share them
+    for seed in (0, 5):  # they share probes
+        rows = finetune_mvsa.predict_rows(net, cache, features, changed, (train, validation, test), seed,
+                                          probes, args)
         assert tuple(rows["probabilities"]) == ROWS
         assert rows["probabilities"].pop("majority class") == len(test) * [[0, 1, 0]]
         encoders = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder,
@@ -1678,13 +1436,11 @@ def test_fit_probe_takes_the_c_of_the_best_validation_accuracy():
     fits = [LogisticRegression(C=c, max_iter=1000).fit(scaled[train], y[train]) for c in (1e-3, 1e-2, 1e-1)]
     expected = np.array([fit.predict_proba(scaled[validation]) for fit in fits])  # [3, 100, 3]
     right = expected.argmax(2) == y[validation]
-    loss = [-np.log(p[range(100), y[validation]]).mean() for p in expected]
+    loss = -np.log(expected[:, range(100), y[validation]]).mean(1)
     assert right.sum(1).argmax() == 1 and np.argmin(loss) == 2  # 6 posts more; by loss it were the third
-    probe, choice = finetune_mvsa.fit_probe(x, y, train, validation)
+    _, choice = finetune_mvsa.fit_probe(x, y, train, validation)
     assert choice == {"C": 1e-2, "validation": right[1].mean(), "loss": pytest.approx(loss[1])}
-    assert np.allclose(finetune_mvsa.probabilities_of(probe, x[validation]), expected[1])
-    _, choice = finetune_mvsa.fit_probe(x, y, train, validation[right.all(0)])
-    assert choice["C"] == 1e-3  # of equals the smallest
+    assert finetune_mvsa.fit_probe(x, y, train, validation[right.all(0)])[1]["C"] == 1e-3  # of equals
     with pytest.raises(UserError, match="all training posts are positive: a probe needs two labels"):
         finetune_mvsa.fit_probe(x, y * 0, train, validation)
 
@@ -1707,9 +1463,9 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all_weights_in_16_bits_too(s
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     monkeypatch.setattr(finetune_mvsa, "validate", lambda *given: {"validation": 0, "loss": next(losses)})
     monkeypatch.setattr(finetune_mvsa, "LEARNING_RATES", (1e-3,))
+    start = finetune_mvsa.Classifier(*single.start)
     for dtype in (torch.float32, torch.float16):
         monkeypatch.setattr(net, "dtype", dtype)
-        start = finetune_mvsa.Classifier(*single.start)
         tuned, _ = finetune_mvsa.finetune(*single.start, {"loss": 100}, cache, y, *single.split[:2], 6, 0)
         predictions += [finetune_mvsa.predict(one, cache, train) for one in (start, tuned)]
         for name, p in tuned.named_parameters():
@@ -1729,30 +1485,26 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all_weights_in_16_bits_too(s
     ([1.0, 1.1, 1.2], (None, 0, 1.0))])  # both make it worse: the probe itself
 def test_fine_tuning_takes_the_best_epoch_on_validation(single, monkeypatch, losses, best):
     train, validation, _ = single.split  # losses[0] is the probe's
-    monkeypatch.setattr(finetune_mvsa, "BATCH", 99)  # an epoch is one step, which adds 1 to the head's bias
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda one: one.param_groups[0]["params"][-1].data.add_(1))
-    gather, adamw = Mock(wraps=model.gather), Mock(wraps=torch.optim.AdamW)
+    monkeypatch.setattr(finetune_mvsa, "BATCH", 99)  # an epoch is one step: 0.05 more in the head's bias
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda one: (
+        one.param_groups[0]["params"][-1].data.add_(one.param_groups[0]["weight_decay"])))
+    gather, validate = Mock(wraps=model.gather), Mock(side_effect=[
+        {"validation": 0, "loss": loss} for loss in losses[1:]])
     monkeypatch.setattr(model, "gather", gather)
-    monkeypatch.setattr(torch.optim, "AdamW", adamw)
-
-    validate = Mock(side_effect=[{"validation": 0, "loss": loss} for loss in losses[1:]])
     monkeypatch.setattr(finetune_mvsa, "validate", validate)
     tuned, choice = finetune_mvsa.finetune(*single.start, {"loss": losses[0]}, single.cache, single.y, train,
                                            validation, 4, 0)
     assert (choice["lr"], choice["epoch"], choice["loss"]) == best
-    assert [made.kwargs for made in adamw.call_args_list] == [
-        {"lr": lr, "weight_decay": 0.05} for lr in (1e-4, 5e-4)]
-    assert [made.args[1].tolist() for made in validate.call_args_list] == (
-        [single.y[validation].tolist()] * (len(losses) - 1))
-    assert torch.allclose(tuned.head.bias, finetune_mvsa.head_of(single.start[2]).bias + best[1])
+    assert validate.call_count == gather.call_count == len(losses) - 1
+    assert all(np.array_equal(made.args[1], single.y[validation]) for made in validate.call_args_list)
+    assert torch.allclose(tuned.head.bias, finetune_mvsa.head_of(single.start[2]).bias + 0.05 * best[1])
     posts = single.cache.rows("image.float16", single.cache.readable[train])[:, 0, 0].tolist()
-    steps = [(made.args[0][:, 0, 0].tolist(), made.args[1].tolist()) for made in gather.call_args_list]
-    for order, drawn in steps:  # the posts to train on, each with 9 of its 36 patches
-        assert sorted(order) == sorted(posts) and {len(set(patches)) for patches in drawn} == {9}
-    if best[1] > 1:  # of one learning rate, two epochs at least: others, in another order
-        (order, drawn), (other, others) = steps[:2]
-        assert order != other and len({tuple(patches) for patches in drawn + others}) > 90
-        assert set(sum(drawn, [])) == set(range(36))
+    orders, patches = zip(*((made.args[0][:, 0, 0].tolist(), made.args[1].tolist())
+                            for made in gather.call_args_list))
+    for order, drawn in zip(orders, patches):  # 9 of the 36 patches of each post
+        assert sorted(order) == sorted(posts) and {len(set(one)) for one in drawn} == {9}
+        assert len(set(map(tuple, drawn))) > 40
+    assert len(set(map(str, orders))) == len(set(map(str, patches))) == (4 if best[0] else 1)  # each epoch's
 
 
 def test_bootstrap_resamples_posts_by_hand():
@@ -1766,13 +1518,13 @@ def test_bootstrap_resamples_posts_by_hand():
 
 
 def recompute(folder, ending=""):
-    """-> results.json, the lines of predictions.csv, results.md. All scores come out of the lines by sklearn,
-    and the table has them."""
-    results, table = (folder / f"results{ending}.{kind}" for kind in ("json", "md"))
-    results, table, groups = json.loads(results.read_text()), table.read_text(), {}
-    lines = list(csv.DictReader(io.StringIO((folder / f"predictions{ending}.csv").read_text())))
+    """-> results.json, predictions.csv's lines and results.md, all with the scores that sklearn computes."""
+    results, table, lines = ((folder / name).read_text() for name in (
+        f"results{ending}.json", f"results{ending}.md", f"predictions{ending}.csv"))
+    results, lines, groups = json.loads(results), list(csv.DictReader(io.StringIO(lines))), {}
     for line in lines:
-        groups.setdefault((line["set"], line["row"], line["seed"]), []).append(line)
+        pair = line["label"], line["prediction"]
+        groups.setdefault((line["set"], line["row"], line["seed"]), []).append(pair)
         assert float(line[line["prediction"]]) == max(float(line[label]) for label in data.LABELS)
     names = ["accuracy", "weighted F1", "macro F1"]
     rows = [["features", *names], ["true \\ predicted", *data.LABELS]]
@@ -1780,11 +1532,11 @@ def recompute(folder, ending=""):
         for row, scores in result["scores"].items():
             confusion = 0
             for n, seed in enumerate(results["seeds"]):
-                pairs = [(line["label"], line["prediction"]) for line in groups.pop((kind, row, str(seed)))]
-                report = classification_report(*zip(*pairs), output_dict=True, zero_division=0)
+                pair = list(zip(*groups.pop((kind, row, str(seed)))))
+                report = classification_report(*pair, output_dict=True, zero_division=0)
                 f1 = [report[f"{average} avg"]["f1-score"] for average in ("weighted", "macro")]
                 assert [scores[name][n] / 100 for name in names] == pytest.approx([report["accuracy"], *f1])
-                confusion += confusion_matrix(*zip(*pairs), labels=data.LABELS)
+                confusion += confusion_matrix(*pair, labels=data.LABELS)
             assert scores["confusion"] == confusion.tolist()
             rows.append([row, *(f"{np.mean(scores[name]):.2f} ± {np.std(scores[name], ddof=1):.2f}"
                                 for name in names)])
@@ -1805,18 +1557,13 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, monkeypatch, protocol):
     pairs = list(zip(posts[:40:2], posts[1:40:2]))
     for one, other in pairs:  # pictures that are there twice
         shutil.copy(one.image, other.image)
-    if protocol == "authors":  # every row is always right
-        monkeypatch.setattr(finetune_mvsa, "predict_rows", lambda net, cache, features, y, split, *rest: {
-            "probabilities": dict.fromkeys(PROBES, np.eye(3)[y[split[2]]].tolist()), "choices": {}})
     load = Mock(wraps=model.TIJEPA.from_checkpoint)
     monkeypatch.setattr(model.TIJEPA, "from_checkpoint", load)
     options = ["--mvsa", mvsa, "--out", tmp_path, "--protocol", protocol, "--mode", *mode]
     done = judge_mvsa(pretrained.out, *options, "--image_weights", "a", "--text_encoder", "toy")
     load.assert_called_once_with(str(pretrained.checkpoint), "a", "toy")
     results, lines, table = recompute(tmp_path, ending)
-    assert set(results["versions"]) == {"python", "torch", "timm", "transformers", "sklearn", "numpy"}
-    assert len(results["code"].rstrip("+")) == 40 or results["code"] == "none"
-    assert table in done.out and "not the paper's" in table and f"features: {MVSA_CACHE}/" in done.out
+    assert table in done.out and "not the paper's" in table
     assert re.findall("measured here (.*) –", table) == ["| 76.75 | 74.62 |", "| 77.55 | 75.02 |"]
     for (kind, result), count in zip(results["sets"].items(), (60, 120), strict=True):
         posts, skipped = data.load_mvsa(data.find_mvsa(mvsa)[kind])
@@ -1828,16 +1575,12 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, monkeypatch, protocol):
         assert sizes[0] > 144 and sizes[1:] == [18, 18] if protocol == "authors" else sum(sizes) == count
         assert tuple(result["scores"]) == (ROWS if protocol == "standard" else PROBES)
         assert len(result["differences"]) == 1 + 2 * len(mode)
-        assert protocol != "authors" or result["scores"][PRETRAINED]["accuracy"] == [100, 100]
     splits = {one for result in results["sets"].values() for one in result["split_hash"].values()}
     assert len(splits) == (2 if protocol == "authors" else 4)  # of each seed; the authors pool both sets
     if protocol == "grouped":
-        assert "groups of repeated posts" in table and "40 posts in them" in table
+        assert "40 posts in them" in table
         tested = {(line["seed"], line["id"]) for line in lines if line["set"] == "single"}
         assert all(((s, a.id) in tested) == ((s, b.id) in tested) for a, b in pairs for s in "01")
-    assert Image.open(tmp_path / f"confusion{ending}.png").size == (800, 360)
-    with data.locked(tmp_path):
-        assert f"another run writes to {tmp_path}" in judge_mvsa(pretrained.out, *options, code=2).err
 
 
 @pytest.fixture(scope="module")
@@ -1849,8 +1592,8 @@ def judged_once(toy, pretrained, tmp_path_factory):
     posts = data.load_mvsa(root / "mvsa")[0][:-1]  # the last one's picture is broken
     listed = [(post.id, post.label) for post in posts]
     write_split(root / "single", listed[:40], listed[40:50], listed[50:])
-    for post, words in zip(posts[50:53], ("RT @you {}!", "{} http://t.co/1", "#{}")):
-        post.image.with_suffix(".txt").write_text(words.format(posts[7].text))
+    for post in posts[50:53]:
+        post.image.with_suffix(".txt").write_text(posts[7].text)
     shutil.copy(posts[3].image, posts[52].image)
     judge_mvsa(root, "--split", root / "single")
     return root
@@ -1859,14 +1602,12 @@ def judged_once(toy, pretrained, tmp_path_factory):
 def test_a_published_split_is_used_and_scored_with_and_without_repeats(judged_once):
     results, lines, table = recompute(judged_once / "out")
     result, tested = results["sets"]["single"], lines[-10:]
-    assert result["split_sizes"] == [40, 10, 10] and tuple(result["scores"]) == PROBES
     posts, _ = data.load_mvsa(judged_once / "mvsa")
     assert [line["id"] for line in tested] == [post.id for post in posts[50:-1]]
-    for what, count in (("words", 3), ("image", 1)):
-        assert f"{count} test posts with the {what} of a training post" in table
+    for what in ("3 test posts with the words", "1 test posts with the image"):
+        assert f"{what} of a training post" in table
     right = 100 * np.mean([line["label"] == line["prediction"] for line in tested[3:]])
     assert result["scores"][tested[0]["row"]]["accuracy without repeats"][1] == pytest.approx(right)
-    assert "| accuracy without repeats |" in table and "MVSA-Multi" not in table
 
 
 SEED = "out/predictions/standard-single-{}.json".format
@@ -1875,29 +1616,22 @@ BETWEEN = {  # what changes between two runs: (how, options of the second, seeds
     "dtype": (str, "--dtype bfloat16", [0, 1]), "split": (str, "--split=", [0, 1]),
     "a tested label": (lambda root: execute("sed", "-i", r"s/^77\t.*/77\tpositive,positive/",
                                             root / "mvsa" / "labelResultAll.txt"), "", [0, 1]),
-    **{name: (lambda root, name=name: spoil(
-        root, lambda c: c["model"][name]["blocks.0.mlp.2.weight"].mul_(-2)), "", [0, 1])
-       for name in ("context_encoder", "target_encoder")},
-    "another seed's file": (lambda root: shutil.copy(root / SEED(1), root / SEED(0)), "", [0]),
-    "a file is cut off": (lambda root: os.truncate(root / SEED(1), 999), "", [1]),
+    "X": (lambda root: spoil(root, "context_encoder"), "", [0, 1]),
+    "X~": (lambda root: spoil(root, "target_encoder"), "", [0, 1]),
+    "one file is another seed's, one cut off": (lambda root: os.truncate(
+        shutil.copy(root / SEED(1), root / SEED(0)) and root / SEED(1), 999), "", [0, 1]),
     "a file is a list": (lambda root: (root / SEED(0)).write_text("[]"), "", [0]),
     "Ctrl-C in the last of three": (lambda root: judge_mvsa(
         root, "--split", root / "single", "--seeds", 0, 1, 2, code=130), "--seeds 2 0 1", [2, 2]),
     "time and place": (lambda root: [os.utime(path) for path in root.rglob("*")], "", [])}
 
 
-@pytest.mark.parametrize("what", BETWEEN)
-def test_predictions_are_reused_only_for_the_same_run(judged_once, tmp_path, monkeypatch, what):
-    change, options, again = BETWEEN[what]
-    judged, real, asked = shutil.copytree(judged_once, tmp_path / "judged"), finetune_mvsa.predict_rows, []
-
-    def predict(*given):
-        asked.append(given[5])
-        if asked == [2]:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    monkeypatch.setattr(finetune_mvsa, "predict_rows", predict)
+@pytest.mark.parametrize("change, options, again", BETWEEN.values(), ids=BETWEEN)
+def test_predictions_are_reused_only_for_the_same_run(
+        judged_once, tmp_path, monkeypatch, change, options, again):
+    judged, asked = shutil.copytree(judged_once, tmp_path / "judged"), []
+    after(monkeypatch, finetune_mvsa, "predict_rows", lambda _, *given: (
+        asked.append(given[5]), asked == [2] and signal.raise_signal(signal.SIGINT)))
     change(judged)
     judge_mvsa(judged, "--split", judged / "single", *options.split())
     assert asked == again
@@ -1910,25 +1644,21 @@ def test_ablation_table_is_made_from_the_files_of_the_runs(tmp_path):
     for variant, seed, auc in (("plain", 0, 0.5), ("plain", 1, 0.7), ("image", 0, 1.0)):
         out = tmp_path / f"{variant}-{seed}"
         out.mkdir()
-        (out / "log.jsonl").write_text('{"loss": 9, "step": 3}\n{"loss": 0.25, "step": 6}\n')
+        (out / "log.jsonl").write_text('{"loss": 9}\n{"loss": 0.25}\n')
         (out / "eval.json").write_text(json.dumps(dict(
-            energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7, step=6)))
-        single, multi = ({"accuracy": [n + 10 * seed, n + 10 * seed + 2]} for n in (60, 70))
-        sets = {"single": {"scores": dict.fromkeys(PROBES, single)},
-                "multi": {"scores": dict.fromkeys(ROWS, multi)}}
-        (out / "results.json").write_text(json.dumps({"sets": sets, "step": 6}))
-    done = call(finetune_mvsa, "--ablate", tmp_path)
-    assert (tmp_path / "results.md").read_text() in done.out
-    header, _, *rows = [line.strip("| ").split(" | ") for line in done.out.splitlines() if line]
-    assert header[8:] == [f"{column}, MVSA-{kind}" for column, kind in (
-        ("X", "Multi"), ("X", "Single"), ("X~ fine-tuned", "Multi"), ("X~", "Multi"), ("X~", "Single"))]
+            energy_matched=0.1, energy_position=0.4, auc=auc, target_std=0.5, target_rank=7)))
+        scores = {row: {"accuracy": [n + 10 * seed, n + 10 * seed + 2]} for n, row in enumerate(ROWS)}
+        (out / "results.json").write_text(json.dumps({"sets": {"single": {"scores": scores}}}))
+    said = call(finetune_mvsa, "--ablate", tmp_path).out
+    assert (tmp_path / "results.md").read_text() in said
+    header, _, *rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line]
+    assert header[8:] == ["X, MVSA-Single", "X~ fine-tuned, MVSA-Single", "X~, MVSA-Single"]
     table = {name: cells for name, *cells in rows}
-    assert table["plain"] == [
-        "2", "0.250 ± 0.000", "0.100 ± 0.000", "0.400 ± 0.000", "0.600 ± 0.141", "0.500 ± 0.000",
-        "7.000 ± 0.000", *(f"{mean}.0 ± 7.1" for mean in (76, 66, 76, 76, 66))]
+    assert table["plain"] == ["2", "0.250 ± 0.000", "0.100 ± 0.000", "0.400 ± 0.000", "0.600 ± 0.141",
+                              "0.500 ± 0.000", "7.000 ± 0.000", "12.0 ± 7.1", "18.0 ± 7.1", "11.0 ± 7.1"]
     assert table["image"][:3] == ["1", "0.250", "0.100"]  # one run has no deviation
-    for name in ("*untrained*", f"*{CONCAT}*"):  # the same in all runs
-        assert table[name] == ["3", *9 * [""], "74.3 ± 5.8", "64.3 ± 5.8"]
+    for name, mean in (("*untrained*", 8.3), (f"*{CONCAT}*", 7.3)):  # the same in all runs
+        assert table[name] == ["3", *8 * [""], f"{mean} ± 5.8"]
 
 
 def test_the_code_in_the_readme_runs(pretrained, toy, tmp_path, monkeypatch):
@@ -1940,27 +1670,15 @@ def test_the_code_in_the_readme_runs(pretrained, toy, tmp_path, monkeypatch):
     names = {}
     places = {"out/toy/checkpoint.pt": pretrained.checkpoint, "data/toy": toy}
     exec(re.sub("|".join(places), lambda place: str(places[place[0]]), own), names)
-    words = {word for group in (*(names for _, names in data.COLOURS), *data.PATTERNS) for word in group}
-    assert all(word in words for caption in names["captions"] for word in caption.split())  # the toy's own
     assert names["energies"].shape == (2,) and names["logits"].shape == (2, 10)
-    names["logits"].sum().backward()
-    assert names["net"].predictor.mask_token.grad is None
 
 
-def test_make_names_the_packages_that_are_missing(tmp_path):
-    for venv, text, says in (("", "numpy>=1\n", ""), ("a b", "numpy>=1\n", "VENV cannot have a space"),
-                             ("", "torch>=99\nno-such>=1\n", "lacks torch>=99, no-such>=1;")):
-        (tmp_path / "requirements.txt").write_text(text)
-        options = "-f", HERE / "Makefile", f"VENV={venv}", f"PYTHON3={sys.executable}"
-        done = execute("make", "packages", *options, cwd=tmp_path)
-        assert says in done.stderr and done.returncode == (2 if says else 0)
 def make(words):
     env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of make test
     return execute("make", *words.split(), cwd=HERE, env=env)
 
 
 def runs(text):
-    """The runs of both scripts in a shell's lines -> [(python's options, script, {option: value})]"""
     commands = re.findall(r'python3"? (.*?)\b(pretrain|finetune_mvsa)\.py ([^>&|\n]*)', text)
     return [(by.split(), script, vars(sys.modules[script].parse_args(shlex.split(options))))
             for by, script, options in commands]
@@ -1969,13 +1687,6 @@ def runs(text):
 BOTH = "--device cpu --dtype bfloat16 --cache /f --image_weights /w --text_encoder /t"
 JUDGE = f"python3 finetune_mvsa.py {BOTH} --checkpoint /o/checkpoint.pt --mvsa data/toy/mvsa --out /o"
 TOY = "--device cpu --cache data/toy/cache"
-VARIANTS = {
-    "out/ablate/plain": "", "out/ablate/image": "--target image", "out/ablate/sigreg": "--sigreg 0.005",
-    "out/ablate/no_ema": "--momentum 0 --final_momentum 0", "out/ablate/shuffled": "--shuffle_captions",
-    "out/ablate/image_shuffled": "--target image --shuffle_captions",
-    "out/ablate/before": "--target image --mask before",
-    "out/ablate/before_shuffled": "--target image --mask before --shuffle_captions",
-    "out/ablate/recipe": "--target whitened --mask before --visible 0.3"}
 MAKE = {  # what is asked of make: the commands that it would run
     "reproduce PRESET=tiny COCO=/c MVSA=/m": """
         python3 pretrain.py --preset tiny --coco /c --resume --out out/tiny
@@ -1997,7 +1708,15 @@ MAKE = {  # what is asked of make: the commands that it would run
         python3 pretrain.py {TOY} --coco data/toy/coco --eval {out}-{seed}/checkpoint.pt
         python3 finetune_mvsa.py {TOY} --checkpoint {out}-{seed}/checkpoint.pt --out {out}-{seed} \
             --mvsa data/toy/mvsa --seeds 0 1 2 --mode probe
-        """ for out, options in VARIANTS.items() for seed in range(3))
+        """ for out, options in (
+            ("out/ablate/plain", ""), ("out/ablate/image", "--target image"),
+            ("out/ablate/sigreg", "--sigreg 0.005"),
+            ("out/ablate/no_ema", "--momentum 0 --final_momentum 0"),
+            ("out/ablate/shuffled", "--shuffle_captions"),
+            ("out/ablate/image_shuffled", "--target image --shuffle_captions"),
+            ("out/ablate/before", "--target image --mask before"),
+            ("out/ablate/before_shuffled", "--target image --mask before --shuffle_captions"),
+            ("out/ablate/recipe", "--target whitened --mask before --visible 0.3")) for seed in range(3))
     + "python3 finetune_mvsa.py --ablate out/ablate"}
 
 
@@ -2006,42 +1725,35 @@ def test_make_passes_each_variable_on_to_the_commands_that_it_is_for(words):
     assert runs(make(f"-n VENV= {words}").stdout) == runs(MAKE[words])
 
 
-def test_make_says_what_it_would_run_and_evaluates_a_checkpoint_once():
-    listed = {line.split()[1] for line in make("").stdout.splitlines()}
-    assert listed == set("help reproduce pretrain picture ablate bench test coco clean".split())
-    for options, says in (("COCO=/none", "preset toy, data data/toy/coco and data/toy/mvsa, device cpu. Toy"),
-                          ("PRESET=small COCO=/a MVSA=/b", "preset small, data /a and /b, device cpu\n"),
-                          ("COCO=/ MVSA=/", "preset small"), ("COCO=/ MVSA=/nowhere", "preset toy")):
-        assert says in make(f"check-preset DEVICE=cpu {options}").stdout
-    assert make("check-preset PRESET=huge").returncode == 2
-    assert "--preset small" in make("-n pretrain COCO=/ MVSA=/nowhere VENV=").stdout
-    for images, limit in (("DEVICE=cpu", "10000"), ("IMAGES=7", "7"), ("IMAGES=all", "0")):
-        assert f"--images {limit}\n" in make(f"-n coco VENV= {images}").stdout
-    commands = make("-n reproduce VENV= PRESET=toy").stdout
-    assert '[ "out/toy/eval.json" -nt "out/toy/checkpoint.pt" ] || "python3" pretrain.py' in commands
-    assert commands.count(" && ") == 3  # the first protocol that fails is the last
+def test_make_says_what_it_would_run_or_lacks_and_evaluates_a_checkpoint_once(tmp_path):
+    for words, says in (
+            ("check-preset DEVICE=cpu COCO=/no", "toy, data data/toy/coco and data/toy/mvsa, device cpu. To"),
+            ("check-preset PRESET=small COCO=/a MVSA=/b", "preset small, data /a and /b, device"),
+            ("check-preset COCO=/ MVSA=/", "preset small"), ("check-preset COCO=/ MVSA=/no", "preset toy"),
+            ("-n pretrain COCO=/ MVSA=/no VENV=", "--preset small"),
+            ("-n coco VENV= DEVICE=cpu", "--images 10000\n"), ("-n coco VENV= IMAGES=all", "--images 0\n"),
+            ("-n reproduce VENV= PRESET=toy", "--protocol grouped --mode probe && "),
+            ("-n reproduce VENV= PRESET=toy",
+             '[ "out/toy/eval.json" -nt "out/toy/checkpoint.pt" ] || "python3" pretrain.py')):
+        assert says in make(words).stdout
+    (tmp_path / "requirements.txt").write_text("numpy>=1\ntorch>=99\nno-such>=1\n")
+    lacks = make(f"-C {tmp_path} -f {HERE}/Makefile packages VENV= PYTHON3={sys.executable}")
+    assert " lacks torch>=99, no-such>=1;" in lacks.stderr and lacks.returncode == 2
 
 
 BAD = {  # a command: words of the message
-    **{f"{{train}} {option}": f"argument {option.split()[0]}" for option in (
-        "--lr 0", "--lr inf", "--lr nan", "--momentum 2", "--clip 0", "--epochs many", "--batch_size 0",
-        "--batch_size 1.5", "--accumulate 0", "--held_out -1", "--seed -1", "--log_every 0",
-        "--target text", "--dtype float64")},
+    "{train} --lr nan": "argument --lr", "{train} --momentum 2": "argument --momentum",
+    "{train} --batch_size 1.5": "argument --batch_size", "{train} --seed -1": "argument --seed",
     "{train} --batch_size 33 --accumulate 1": "--batch_size 33 32 images",
     "{train} --sigreg 1": "--sigreg needs the whole batch --accumulate 1",
     "{train} --accumulate 3": "--batch_size 16 --accumulate x processes",
     "{train} --held_out 1": "--held_out 1 at least 2",
     "{train} --bench --max_images 1": "--bench more images than --held_out",
-    "{train} --image_encoder vit_tiny_patch16_224": "vit_tiny_patch16_224 --image_weights",
-    "{train} --text_encoder some/bert": "--text_encoder some/bert f_T",
-    "{train} --out a.txt": "a.txt cannot be written",
-    "{train} --cache a.txt/cache": "a.txt cannot be written",
-    "{train} --captions red --eval checkpoint.pt --image a.txt": "a.txt cannot be read as an image",
-    "{judge} --mvsa .": "no image of MVSA-Single in data can be read",
+    "{train} --out /dev/null/a": "/dev/null/a cannot be written",
+    "{train} --captions red --eval out": "--image and --captions go together",
     "{judge} --device gpu": "--device gpu --device auto",
-    "{judge} --split .": "--split . train.json",
     "{judge} --protocol grouped --split x": "--split standard protocol",
-    "{judge} --protocol authors --mvsa .": "pools both sets",
+    "{judge}/MVSA_Single --protocol authors": "pools both sets",
     "finetune_mvsa.py --ablate .": "--ablate . make ablate",
     "data.py check --coco none --mvsa none": "none/train2017 make coco",
     "data.py check --coco {coco} --mvsa none": "none/labelResultAll.txt mcrlab Kaggle"}
@@ -2051,13 +1763,8 @@ BAD = {  # a command: words of the message
 def test_bad_input_gets_a_sentence_and_exit_code_2(
         command, toy, pretrained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("data").mkdir()
-    for name in ("a.txt", "data/1.jpg", "data/1.txt"):
-        Path(name).touch()
-    Path("labelResultAll.txt").write_text("ID\ttext,image\n1\tpositive,positive\n")
-    Path("checkpoint.pt").symlink_to(pretrained.checkpoint)
     train = " ".join(map(str, ("pretrain.py", *pretrained.options, "--out out")))
-    judge = f"finetune_mvsa.py --checkpoint checkpoint.pt --mvsa {toy}/mvsa --out out --cache cache"
+    judge = f"finetune_mvsa.py --checkpoint {pretrained.checkpoint} --out out --cache cache --mvsa {toy}/mvsa"
     monkeypatch.setattr(sys, "argv", command.format(train=train, judge=judge, coco=toy / "coco").split())
     with pytest.raises(SystemExit, match="2"):  # as a user types it
         runpy.run_path(str(HERE / sys.argv[0]), run_name="__main__")
