@@ -344,8 +344,11 @@ class TIJEPA(nn.Module):
 
     def energies(self, features, captions, draws):
         """As `measure` -> [I, K]: energies, the mean over these draws of masks."""
-        of_draws = [[out.energy for out in self.measure(features, captions, draw)] for draw in draws]
-        return torch.stack([torch.stack(energies, dim=1) for energies in of_draws]).mean(0)
+        total = torch.zeros(len(features.s_image), len(captions), device=self.device)
+        for draw in draws:
+            for k, out in enumerate(self.measure(features, captions, draw)):
+                total[:, k] += out.energy  # in place: small tensors that stay would fragment the memory
+        return total / len(draws)
 
     def score(self, images, texts, draws=8):
         """images [B, 3, H, W] uint8, B strings -> [B]: each pair's energy, lower for a better match; the mean
