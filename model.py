@@ -58,7 +58,6 @@ class Config:
     target: str = "ema"  # predict X~'s tokens (the paper); "image": f_I's; "whitened": a linear map of f_I's
     mask: str = "after"  # f_I (the authors' code): X gets tokens that have seen all patches; or "before"
     visible: float = 1.0  # share of a context's patches that X gets
-    dropout: float = 0.0  # of X in training
     vocabulary: list = field(default_factory=list)  # the words that the "toy" text encoder knows
 
 
@@ -102,9 +101,8 @@ class Block(nn.Module):
     """Pre-LN attention and MLP. In g tokens attend to each other; in X patches attend to the caption alone,
     so that a patch's token does not depend on which others are there."""
 
-    def __init__(self, dim, heads, dropout=0.0):
+    def __init__(self, dim, heads):
         super().__init__()
-        self.drop = nn.Dropout(dropout)
         self.norm_attention = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.norm_mlp = nn.LayerNorm(dim)
@@ -113,8 +111,8 @@ class Block(nn.Module):
     def forward(self, x, text=None, text_mask=None, last=0):
         """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D], or of the `last` tokens [B, last, D]"""
         h = self.norm_attention(x)  # below, last=0 takes all: x[:, -0:] is x[:, 0:]
-        x = x[:, -last:] + self.drop(self.attention(h[:, -last:], h if text is None else text, text_mask))
-        return x + self.drop(self.mlp(self.norm_mlp(x)))
+        x = x[:, -last:] + self.attention(h[:, -last:], h if text is None else text, text_mask)
+        return x + self.mlp(self.norm_mlp(x))
 
 
 def init_weights(module):
@@ -128,11 +126,11 @@ class FusionEncoder(nn.Module):
     """X: image tokens are queries, text tokens keys and values (paper section 3, "text-to-image" encoder).
     Patches do not attend to each other, and no positions are added: f_I's tokens carry both."""
 
-    def __init__(self, image_dim, text_dim, dim, depth, heads, dropout=0.0):
+    def __init__(self, image_dim, text_dim, dim, depth, heads):
         super().__init__()
-        self.image_proj = nn.Sequential(nn.Linear(image_dim, dim), nn.LayerNorm(dim), nn.Dropout(dropout))
-        self.text_proj = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim), nn.Dropout(dropout))
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
+        self.image_proj = nn.Sequential(nn.Linear(image_dim, dim), nn.LayerNorm(dim))
+        self.text_proj = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.apply(init_weights)
 
@@ -198,14 +196,9 @@ class Masks(NamedTuple):
         return Masks(*(index.to(device, non_blocking=True) for index in self))
 
 
-def seed_of(*numbers):
-    """One seed from all of these numbers >= 0."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def generator_of(*numbers):
-    """A random generator seeded by all of these numbers >= 0."""
-    return torch.Generator().manual_seed(seed_of(*numbers))
+    """A random generator seeded by all of these numbers >= 0: torch's own seed takes only 32 bits."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def gather(tokens, index):
@@ -290,8 +283,8 @@ class TIJEPA(nn.Module):
         sample_masks(self.grid, 1, seed=0)  # refuse a grid too small before anything is encoded
         if c.mask == "before" and not isinstance(f_I.vit, timm.models.VisionTransformer):
             raise UserError(f"--mask before needs a plain ViT, not {type(f_I.vit).__name__}")
-        self.context_encoder = FusionEncoder(f_I.dim, f_T.dim, c.dim, c.depth, c.heads, c.dropout)
-        # X~ starts as a copy of X, without its dropout: it stays in eval mode, see train
+        self.context_encoder = FusionEncoder(f_I.dim, f_T.dim, c.dim, c.depth, c.heads)
+        # X~ starts as a copy of X. Neither has dropout, so train and eval mode are the same function.
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
         self.whiten = nn.Linear(f_I.dim, f_I.dim) if c.target == "whitened" else nn.Identity()
         self.whiten.requires_grad_(False)

@@ -98,7 +98,6 @@ def parse_args(argv=None):
     add("--target", choices=("ema", "image", "whitened"), default=config.target, help="X~'s tokens or f_I's")
     add("--mask", choices=("after", "before"), default=config.mask, help="after or before f_I")
     add("--visible", **number(float, 1e-6, 1), default=config.visible, help="share of a context that X gets")
-    add("--dropout", **number(float, 0, 0.99), default=config.dropout, help="of X, while it is trained")
     add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
     add("--shuffle_captions", action="store_true", help="control: train with other images' captions")
     add("--epochs", **number(int, 1), help="passes over the images")
@@ -210,7 +209,6 @@ def main(args):
     # Lazy: the next features and masks are made in threads while these are trained on
     batches, all_masks = cache.batches(draws()), data.read_ahead(draw_masks, range(first_step, steps))
     line_time, waited = time.time(), 0.0  # of the last log line; seconds without features or masks since then
-    net.train()
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             # -- schedules and masks of this step
@@ -228,7 +226,6 @@ def main(args):
                 start = time.time()
                 features = next(batches)  # of B pairs, one micro-batch
                 waited += time.time() - start
-                torch.manual_seed(model.seed_of(args.seed, step, part.start))  # of the dropout
                 forward.require_backward_grad_sync = part == micro_batches[-1]  # DDP: averages once a step
                 out = forward(features, model.Masks(*(index[part] for index in masks)))
                 loss = out.energy.mean()
@@ -256,9 +253,7 @@ def main(args):
                 continue
             loss_sum, overflows = all_reduce(running).tolist()  # since the last line; waits for the device
             elapsed = time.time() - line_time
-            net.eval()
             metrics = held_out_metrics(net, held_features)
-            net.train()
             if not math.isfinite(loss_sum + metrics["energy_matched"]):  # never saved
                 raise FloatingPointError(f"the loss is not finite by step {done}; lower --lr or --clip")
             last = log[-1]["step"] if log else 0
@@ -447,7 +442,7 @@ def make_config(args, items):
     weights = args.image_weights and os.path.realpath(args.image_weights)
     return replace(preset, image_encoder=args.image_encoder, image_weights=weights, text_encoder=f_T,
                    loss=args.loss, target=args.target, mask=args.mask, visible=args.visible,
-                   dropout=args.dropout, vocabulary=sorted(words))
+                   vocabulary=sorted(words))
 
 
 def build_optimizer(net):
