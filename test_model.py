@@ -594,15 +594,13 @@ def test_hold_out_trains_on_no_held_out_image_and_a_lost_image_moves_no_other():
     def hold_out(lost=None, count=40):
         cache.readable = np.array([i for i in range(100) if i != lost])
         train, held = data.hold_out(cache, count)
-        assert sorted([*train, *held]) == list(cache.readable)
+        assert sorted([*train, *held]) == list(cache.readable) and len(held) == (count or 10)
         return set(held)
 
     held = hold_out()
-    assert len(held) == 40 and held != set(range(40))
-    for lost in range(0, 100, 7):
-        assert held - {lost} <= hold_out(lost) and len(hold_out(lost)) == 40
+    assert held != set(range(40)) and all(held - {lost} <= hold_out(lost) for lost in range(0, 100, 7))
     cache.items.reverse()
-    assert {99 - i for i in hold_out()} == held and len(hold_out(count=0)) == 10
+    assert {99 - i for i in hold_out()} == held and hold_out(count=0)
 
 
 # ---- data.py: the feature cache ----------------------------------------------------------------------------
@@ -904,9 +902,9 @@ def test_held_out_metrics_by_hand(net, images):
     assert figures == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_energy_maps_average_the_masks_that_hid_each_patch_and_are_shown(net, images, tmp_path, monkeypatch):
-    features, captions = net.frozen_features(images, TEXTS).pair([0, 1], [0, 1, 2]), [[0, 1], [1, 2]]
-    pairs = features.pair([0, 0, 1, 1], [0, 1, 1, 2])
+def test_energy_maps_average_the_masks_that_hid_each_patch(net, images):
+    features = net.frozen_features(images, TEXTS)
+    pairs = features.pair([0, 1, 0, 1], [0, 1, 1, 2])
     total, count, draw = torch.zeros(4, 36), torch.zeros(36), 0
     while count.min() < 8:
         masks = sample_masks(net.grid, 1, draw)
@@ -915,14 +913,8 @@ def test_energy_maps_average_the_masks_that_hid_each_patch_and_are_shown(net, im
             total[:, patch] += energy
             count[patch] += 1
         draw += 1
-    shown, (a, b, c, d) = Mock(), (total / count).view(4, 6, 6)
-    monkeypatch.setattr(pretrain, "show", shown)
-    pretrain.plot_maps(net, images[:2], features, captions, "efg", tmp_path / "maps.png")
-    first, second = images[:2].permute(0, 2, 3, 1)
-    expected = (("picture", first), ("e", a), ("f", b), ("second minus first", b - a),
-                ("picture", second), ("f", c), ("g", d), ("second minus first", d - c))
-    for panel, (title, pixels) in zip(shown.call_args_list, expected, strict=True):
-        assert panel.args[2] == title and np.allclose(panel.args[1], pixels, atol=1e-6)
+    maps = pretrain.energy_maps(net, features.pair([0, 1], [0, 1, 2]), [[0, 1], [1, 2]])
+    assert torch.allclose(maps.transpose(0, 1).flatten(0, 1), total / count, atol=1e-6)
 
 
 def test_bench_adds_up_a_step_of_its_parts_and_needs_no_data(tmp_path, monkeypatch):
@@ -1109,33 +1101,35 @@ def test_a_run_leaves_no_tensor_on_the_cpu(pretrained, images, tmp_path, monkeyp
 
 def test_eval_command_draws_own_and_other_captions_in_the_precision_asked_for_and_ranks_typed_ones(
         toy, pretrained, tmp_path, monkeypatch):
-    names, ranked = torch.load(pretrained.checkpoint)["held_out"], torch.arange(8.0).expand(8, 8)
-    real, measured, figure = pretrain.energy_matrix, Mock(return_value=ranked), Mock()
-    for name, stand_in in (("energy_matrix", measured), ("Figure", Mock(return_value=figure)),
-                           ("plot_masks", Mock()), ("plot_maps", Mock())):
-        monkeypatch.setattr(pretrain, name, stand_in)
+    names, ranked, real = torch.load(pretrained.checkpoint)["held_out"], torch.eye(8), pretrain.energy_matrix
+    measured, yardstick, shown, hist, *rest = stand_ins = [Mock(return_value=ranked) for _ in range(6)]
+    for name, stand_in in zip(("pretrain.energy_matrix", "pretrain.contrastive_similarity", "pretrain.show",
+                               "matplotlib.axes.Axes.hist", "matplotlib.axes.Axes.legend",
+                               "pretrain.plot_masks"), stand_ins):
+        monkeypatch.setattr(name, stand_in)
     judge = "--eval", pretrained.checkpoint, "--out", tmp_path, "--cache", tmp_path, "--device", "cpu"
     call(pretrain, *judge, "--dtype", "bfloat16", "--eval_masks", 3)
     (net, _, masks), figures = measured.call_args.args, json.loads((tmp_path / "eval.json").read_text())
+    cache, others, held_out, _ = yardstick.call_args.args
+    assert sorted([*others, *held_out]) == list(cache.readable) and len(held_out) == 8
     assert net.dtype == torch.bfloat16 and masks == figures["masks"] == 3
-    assert figures.items() >= pretrain.retrieval_metrics(ranked).items()
-    own, other = figure.subplots().hist.call_args.args[0]
-    assert own.tolist() == list(range(8)) and sorted(other) == sorted(7 * list(range(8)))
+    assert figures.items() >= {**pretrain.retrieval_metrics(ranked), "contrastive_auc": 1}.items()
+    own, other = hist.call_args.args[0]
+    assert own.tolist() == 8 * [1] and other.tolist() == 56 * [0]
     items = [item for item in data.load_coco(toy / "coco")[0] if item[0].name in names][:4]
-    _, pictures, features, (own, other), titles, _ = pretrain.plot_maps.call_args.args
-    assert list(own) == [0, 1, 2, 3] and all(other % 4 != own)
-    for picture, title, (path, captions) in zip(pictures, titles, items, strict=True):
-        assert torch.equal(picture, data.read_image(path, net.image_encoder)) and title == captions[0]
-    for drawn, encoded in zip(features[:3], net.frozen_features(torch.stack(pictures), titles)):
-        differ = (drawn.float() - encoded.float()).flatten(1).norm(dim=1)
-        assert len(drawn) == 4 and (differ <= 0.05 * encoded.float().flatten(1).norm(dim=1)).all()
-    measured.side_effect = real
-    lines = call(pretrain, *judge, "--image", items[0][0], "--captions", "red bars", "moss", "who").out
-    energies = [float(line.split()[0]) for line in lines.splitlines()]
-    net, _, features, ends, titles, path = pretrain.plot_maps.call_args.args  # of the lowest and the highest
-    assert energies == sorted(energies) and [titles[end] for end, in ends] == lines.splitlines()[::2]
-    assert path == tmp_path / f"maps_{items[0][0].stem}.png"
-    assert net.energies(features, ends, range(2))[0].tolist() == pytest.approx(energies[::2], abs=1e-4)
+    pictures = torch.stack([data.read_image(path, net.image_encoder) for path, _ in items])
+    titles, panels = [captions[0] for _, captions in items], [drawn.args for drawn in shown.call_args_list]
+    maps = pretrain.energy_maps(net, net.frozen_features(pictures, titles), [[0, 1, 2, 3], [3, 0, 1, 2]])
+    for n, pair in enumerate(maps.view(4, 2, 6, 6)):
+        pixels, headings = zip(*[panel[1:3] for panel in panels[4 * n:4 * n + 4]])
+        assert headings == ("picture", titles[n], titles[n - 1], "second minus first")
+        assert np.array_equal(pixels[0], pictures[n].permute(1, 2, 0))
+        assert np.allclose(pixels[1:3], pair, rtol=0.1) and np.array_equal(pixels[3], pixels[2] - pixels[1])
+    measured.side_effect, typed = real, ["red bars", "moss", "who"]
+    lines = call(pretrain, *judge, "--image", items[0][0], "--captions", *typed).out.splitlines()
+    scores = model.TIJEPA.from_checkpoint(pretrained.checkpoint)[0].score(pictures[[0] * 3], typed, draws=2)
+    assert lines == [f"{score:.4f}  {typed[i]}" for score, i in zip(*map(torch.Tensor.tolist, scores.sort()))]
+    assert [drawn.args[2] for drawn in shown.call_args_list[-3:-1]] == lines[::2]
 
 
 @pytest.mark.parametrize("dtype, number", [
