@@ -1508,7 +1508,7 @@ BETWEEN = {  # what changes between two runs: (how, options of the second, seeds
 def test_predictions_are_reused_for_the_same_run(judged_once, tmp_path, monkeypatch, change, options, again):
     judged, asked = shutil.copytree(judged_once, tmp_path / "judged"), []
     after(monkeypatch, finetune_mvsa, "predict_rows", lambda _, *given: (
-        asked.append(given[5]), asked == [2] and signal.raise_signal(signal.SIGINT)))
+        asked.append(given[5]), asked == [2] and Mock(side_effect=KeyboardInterrupt)()))
     change(judged)
     judge_mvsa(judged, "--split", judged / "single", *options.split())
     assert asked == again
