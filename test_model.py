@@ -1554,7 +1554,7 @@ def test_the_readmes_code_runs_and_encodes_by_the_target_encoder(pretrained, toy
 
 def make(words):
     env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of make test
-    return execute("make", *words.split(), cwd=HERE, env=env)
+    return execute("make", *shlex.split(words), cwd=HERE, env=env)
 
 
 def runs(text):
@@ -1614,7 +1614,7 @@ def test_make_says_what_it_would_run_or_lacks_and_evaluates_a_checkpoint_once(tm
              '[ "out/toy/eval.json" -nt "out/toy/checkpoint.pt" ] || "python3" pretrain.py')):
         assert says in make(words).stdout
     (tmp_path / "requirements.txt").write_text("numpy>=1\ntorch>=99\nno-such>=1\n")
-    lacks = make(f"-C {tmp_path} -f {HERE}/Makefile packages VENV= PYTHON3={sys.executable}")
+    lacks = make(f"-C {tmp_path} -f '{HERE}/Makefile' packages VENV= 'PYTHON3={sys.executable}'")
     assert " lacks torch>=99, no-such>=1;" in lacks.stderr and lacks.returncode == 2
 
 
