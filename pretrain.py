@@ -638,7 +638,7 @@ def plot_masks(pictures, captions, net, path):
     for draw, (picture, caption, axes) in enumerate(zip(pictures, captions, rows)):
         pixels = picture.permute(1, 2, 0).numpy()  # [H, W, 3]
         show(axes[0], pixels, caption, net.grid)
-        titles = "context: what X sees", "target blocks: what is predicted, brighter where they overlap"
+        titles = "context: what X sees", "target blocks: what is predicted (brighter: by several)"
         masks = model.sample_masks(net.grid, 1, seed=draw, share=net.config.visible)
         for axis, title, index in zip(axes[1:], titles, masks):
             show(axis, pixels, title, net.grid)
