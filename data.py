@@ -107,10 +107,15 @@ def epoch_order(cache, train, seed, epoch):
     return images, rng.integers(cache.first[images], cache.first[images + 1])
 
 
+def default_held_out(images):
+    """How many of so many images to measure on: a tenth, at most 100."""
+    return min(100, max(2, images // 10))
+
+
 def hold_out(cache, count):
-    """Indices of the readable images to train on, and of the `count` to measure on (0: a tenth, at most 100):
-    those whose hashed file names come first, so that an image that is lost moves no other."""
-    count = count or min(100, max(2, len(cache.readable) // 10))
+    """Indices of the readable images to train on, and of the `count` to measure on (0: the default): those
+    whose hashed file names come first, so that an image that is lost moves no other."""
+    count = count or default_held_out(len(cache.readable))
     if not 1 < count < len(cache.readable):
         raise UserError(f"--held_out {count} of {len(cache.readable)} readable images: at least 2, not all")
     order = sorted(cache.readable, key=lambda i: digest(cache.items[i][0].name))

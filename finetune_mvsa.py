@@ -70,7 +70,9 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.seeds = [*dict.fromkeys(args.seeds)]  # a seed that is there twice is one
+    return args
 
 
 # ---- Posts -> features and splits ----
@@ -355,8 +357,8 @@ def make_table(results, config, args, start_share):
     over = "untrained weights and fine-tuning; " + ("published split" if args.split else "each its own split")
     parts = ["# TI-JEPA on MVSA",
              f"f_I {config.image_encoder}, f_T {config.text_encoder}, checkpoint {args.checkpoint}, protocol "
-             f"{args.protocol}. Mean ± standard deviation in % over {len(set(args.seeds))} seeds, which "
-             f"decide {over}; one pretrained checkpoint. {start_share:.2%} of X~ is still its random start."]
+             f"{args.protocol}. Mean ± standard deviation in % over {len(args.seeds)} seeds, which decide "
+             f"{over}; one pretrained checkpoint. {start_share:.2%} of X~ is still its random start."]
     if config.image_encoder == "toy":
         parts.append("**Toy data and toy encoders: not the paper's numbers, and not comparable to them.**")
     for kind, result in results.items():
@@ -440,7 +442,7 @@ def main(args):
             row, scores = list(result["scores"].items())[-1]
             matrix = metrics.ConfusionMatrixDisplay(np.array(scores["confusion"]), display_labels=data.LABELS)
             matrix.plot(ax=axis, cmap="Blues", colorbar=False).ax_.set_title(NAMES[kind])
-        figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(set(args.seeds))} seeds", fontsize=9)
+        figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)
         figure.savefig(path.with_name(f"confusion{ending}.png"), dpi=100)
         git = f"git -C '{Path(__file__).parent}' describe --always --exclude='*' --abbrev=40 --dirty=+"
         code = subprocess.getoutput(f"{git} 2>/dev/null || echo none")  # +: changed since that commit

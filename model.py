@@ -329,6 +329,10 @@ class TIJEPA(nn.Module):
         self.whiten.weight.copy_(weight)
         self.whiten.bias.copy_(-weight @ mean)
 
+    def draw_masks(self, batch, seed, step=0):
+        """Masks of this model's grid and share of visible patches, see sample_masks."""
+        return sample_masks(self.grid, batch, seed, step, self.config.visible)
+
     def patch_energy(self, prediction, target):
         """Two tensors [B, M, P, D] -> [B, M, P]: the mean squared (or smooth L1) error, in float32."""
         return LOSSES[self.config.loss](prediction.float(), target.float(), reduction="none").mean(-1)
@@ -337,7 +341,7 @@ class TIJEPA(nn.Module):
     def measure(self, features, captions, draw=0):
         """Features of I pictures and T captions, K lists [I] of captions -> K Outputs of I pairs, one by one.
         All have the masks of this draw, so that energies are of the same patches, and one pass of f_I."""
-        masks = sample_masks(self.grid, 1, seed=draw, share=self.config.visible).to(self.device)
+        masks = self.draw_masks(1, draw).to(self.device)
         visible = self.visible(features, masks)  # [I, C, D_I]
         for of_each in captions:
             yield self(features.pair(slice(None), of_each), masks, visible)
@@ -526,11 +530,12 @@ def toy_vit():
                                  num_heads=3, num_classes=0)
 
 
-# transformers' names of an I-JEPA encoder, and timm's; the later ones are parts of the former
+# transformers' names of an I-JEPA encoder -> timm's, replaced in this order: some are parts of earlier ones
 HUB_NAMES = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks",
-             "embeddings.position_embeddings": "pos_embed", "layernorm_before": "norm1", "layernorm": "norm",
-             "layernorm_after": "norm2", "attention.attention.query": "attn.qkv", "output.dense": "mlp.fc2",
-             "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1"}
+             "embeddings.position_embeddings": "pos_embed", "layernorm_before": "norm1",
+             "layernorm_after": "norm2", "layernorm": "norm", "attention.attention.query": "attn.qkv",
+             "attention.output.dense": "attn.proj", "output.dense": "mlp.fc2",
+             "intermediate.dense": "mlp.fc1"}
 
 
 def load_weights(vit, path):
@@ -541,8 +546,8 @@ def load_weights(vit, path):
         for key in [key for key in state if ".query." in key]:
             parts = [state.pop(key.replace("query", part)) for part in ("query", "key", "value")]
             state[key] = torch.cat(parts)  # [3 * D_I, D_I] or [3 * D_I]
-        for name in sorted(HUB_NAMES, key=len, reverse=True):
-            state = {key.replace(name, HUB_NAMES[name]): value for key, value in state.items()}
+        for theirs, ours in HUB_NAMES.items():
+            state = {key.replace(theirs, ours): value for key, value in state.items()}
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", lambda state, vit: state)
     state = {key: value.float() for key, value in convert(state, vit).items() if not key.startswith("head")}
     vit.load_state_dict(state, assign=True)

@@ -32,6 +32,7 @@ with every held-out caption over several masks, eval.json (what is not named her
 
     auc                chance that an image's own caption has a lower energy than another's, over all of them
     recall@1, @5       share of images whose own caption is the one, or among the five, of lowest energy
+    contrastive_...    these figures of the yardstick, two linear layers; see contrastive_similarity
 """
 import argparse
 import atexit
@@ -92,7 +93,7 @@ def parse_args(argv=None):
     add("--coco", default="", help="folder of COCO 2017 (empty: data/coco)")
     add("--out", default="", help=f"folder to write to (empty: out/{preset}, or the checkpoint's)")
     add("--image_encoder", default=config.image_encoder, help="timm name of f_I")
-    add("--image_weights", default="", help="weight file of f_I (empty: timm's own)")
+    add("--image_weights", default="", help="weight file of f_I (empty: from the hub)")
     add("--text_encoder", default="", help=f"f_T by name or folder (empty: {config.text_encoder})")
     add("--loss", choices=model.LOSSES, default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image", "whitened"), default=config.target, help="X~'s tokens or f_I's")
@@ -202,12 +203,12 @@ def main(args):
             first = step % steps_per_epoch * args.batch_size
             yield from ((images[first:][part], captions[first:][part]) for part in micro_batches)
 
-    def draw_masks(step):
-        masks = model.sample_masks(net.grid, args.batch_size, args.seed, step, args.visible)
+    def masks_of(step):
+        masks = net.draw_masks(args.batch_size, args.seed, step)
         return masks.pin() if device.type == "cuda" else masks
 
     # Lazy: the next features and masks are made in threads while these are trained on
-    batches, all_masks = cache.batches(draws()), data.read_ahead(draw_masks, range(first_step, steps))
+    batches, all_masks = cache.batches(draws()), data.read_ahead(masks_of, range(first_step, steps))
     line_time, waited = time.time(), 0.0  # of the last log line; seconds without features or masks since then
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
@@ -322,7 +323,7 @@ def energy_maps(net, features, captions, least=8):
     I, N = features.s_image.shape[:2]
     total, count, draw = torch.zeros(I, len(captions), N), torch.zeros(N), 0
     while count.min() < least:
-        hidden = model.sample_masks(net.grid, 1, seed=draw).target.flatten()  # [M * P]: of the next line
+        hidden = net.draw_masks(1, draw).target.flatten()  # [M * P]: of the next line
         patches = [out.patch_energy.flatten(1) for out in net.measure(features, captions, draw)]
         total.index_add_(2, hidden, torch.stack(patches, dim=1).float().cpu())  # [I, K, M * P]
         count += torch.bincount(hidden, minlength=N)
@@ -527,7 +528,8 @@ def bench(args, rounds=50, limit=20):
     """The --bench command: time so many rounds or seconds on random features; print what a run takes."""
     split_batch(args, 0, 1)  # refuses what training does
     pairs = args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
-    steps = args.epochs * ((pairs - (args.held_out or 100)) // args.batch_size)
+    held_out = args.held_out or data.default_held_out(pairs)
+    steps = args.epochs * ((pairs - held_out) // args.batch_size)
     if steps < 1 or args.text_encoder:
         raise UserError("--bench takes the preset's f_T, and more images than --held_out and a --batch_size")
     device, config = model.pick_device(args.device), make_config(args, [])
@@ -549,7 +551,7 @@ def bench(args, rounds=50, limit=20):
     rows, start = [], now()  # a row for each round: the time before its parts and after each
     while len(rows) <= rounds and (len(rows) < 2 or now() - start < limit):
         row = [now()]
-        masks = model.sample_masks(net.grid, B, args.seed, len(rows), args.visible).to(device)  # all sizes
+        masks = net.draw_masks(B, args.seed, len(rows)).to(device)  # of other sizes each time
         row.append(now())
         loss = net(features, masks).energy.mean()
         row.append(now())
@@ -635,12 +637,11 @@ def plot_masks(pictures, captions, net, path):
     """Pixels [3, H, W] and captions -> each picture, the patches that X sees, those in target blocks."""
     figure = Figure((8, round(2.8 * len(pictures), 1)), layout="constrained")  # else 839 pixels, not 840
     rows = figure.subplots(len(pictures), 3, squeeze=False)
+    titles = "context: what X sees", "target blocks: what is predicted (brighter: by several)"
     for draw, (picture, caption, axes) in enumerate(zip(pictures, captions, rows)):
         pixels = picture.permute(1, 2, 0).numpy()  # [H, W, 3]
         show(axes[0], pixels, caption, net.grid)
-        titles = "context: what X sees", "target blocks: what is predicted (brighter: by several)"
-        masks = model.sample_masks(net.grid, 1, seed=draw, share=net.config.visible)
-        for axis, title, index in zip(axes[1:], titles, masks):
+        for axis, title, index in zip(axes[1:], titles, net.draw_masks(1, draw)):
             show(axis, pixels, title, net.grid)
             blocks = np.bincount(index.flatten(), minlength=math.prod(net.grid)).reshape(net.grid)
             axis.imshow(blocks, "gray", alpha=0.75, extent=(0, net.grid[1], net.grid[0], 0))
