@@ -30,7 +30,7 @@ TRAIN := "$(PY)" $(if $(GPUS),-m torch.distributed.run --standalone --local_addr
 EVAL := "$(PY)" pretrain.py $(BOTH) --eval
 JUDGE := "$(PY)" finetune_mvsa.py $(BOTH)
 
-.PHONY: help reproduce pretrain picture ablate bench test coco clean check-preset packages
+.PHONY: help reproduce pretrain judge picture ablate bench test coco clean check-preset packages
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 18
 
@@ -47,6 +47,10 @@ pretrain: check-preset packages ## pretrain and measure the energies, without MV
 	@$(if $(IS_TOY),"$(PY)" data.py toy "$(TOY)")
 	@$(TRAIN) --preset $(PRESET) --coco "$(RUN_COCO)" --out "$(OUT)"
 	@$(EVAL) "$(OUT)/checkpoint.pt" --coco "$(RUN_COCO)"
+
+judge: packages ## judge a checkpoint on other labelled posts, FOLDER/posts.csv, CHECKPOINT=FILE POSTS=FOLDER
+	@$(foreach protocol,$(PROTOCOLS),$(JUDGE) --checkpoint "$(CHECKPOINT)" --posts "$(POSTS)" --protocol $(protocol) \
+		$(call options_of,$(protocol)) &&) true
 
 picture: packages ## the README's picture, .github/toy.png, from the pictures of make reproduce
 	@"$(PY)" -c 'from PIL import Image; \

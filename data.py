@@ -5,6 +5,7 @@
     python data.py coco DIR --images 10000      fetch COCO's captions and first 10,000 images (0: all)
 """
 import argparse
+import csv
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
-from io import BytesIO
+from io import BytesIO, StringIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +37,8 @@ from tqdm import tqdm
 
 from model import OUT_OF_MEMORY, Features, UserError
 
-LABELS = ("positive", "neutral", "negative")  # in CLMLF's order: emotion_label 0, 1, 2
+LABELS = ("positive", "neutral", "negative")  # of MVSA, in CLMLF's order: emotion_label 0, 1, 2
+PARTS = ("train", "validation", "test")
 CAPTIONS = "annotations/captions_train2017.json"
 COCO_HELP = "name its folder with --coco, or fetch it by `make coco COCO=DIR`"
 MVSA_HELP = "download it by hand: mcrlab.net, or Kaggle's vincemarcs/mvsasingle and vincemarcs/mvsamultiple"
@@ -249,11 +251,12 @@ def read_ahead(load, keys):
 @dataclass
 class Post:
     """One post. Ids clash between the two sets, so a post's key is (set, id)."""
-    set: str  # "single" or "multi"
+    set: str  # "single", "multi", or "posts": of a posts.csv
     id: str
     image: Path
     text: str
-    label: int  # index into LABELS
+    label: int  # index into LABELS, or into the labels of its set
+    part: str = ""  # one of PARTS, if the set says it
 
 
 def merge_labels(text, image):
@@ -319,6 +322,37 @@ def load_mvsa(folder):
     if not posts:
         raise UserError(f"{path} has no post to use; skipped: {describe(skipped)}\n  {MVSA_HELP}")
     return posts, skipped
+
+
+def load_posts(folder):
+    """A folder's posts.csv, with the header image,text,label or image,text,label,split -> its posts, Counter
+    of what was skipped, its labels. Lines of no use are reported. Raises UserError if there is no post."""
+    path = Path(folder).resolve() / "posts.csv"
+    reader = csv.DictReader(StringIO(decode_text(read_file(path) or b""), newline=""))
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+    if not {"image", "text", "label"} <= set(reader.fieldnames or ()):
+        raise UserError(f"{path} is no file that begins with image,text,label or image,text,label,split")
+    posts, skipped = [], Counter()
+    for n, row in rows:  # where a line has fewer fields than the first, the others are None
+        name, text, label, part = ((row.get(key) or "").strip() for key in "image text label split".split())
+        wrong = {"not as many fields as in the first line": None in row or None in row.values(),
+                 "no label": not label, "no image file": not (path.parent / name).is_file(),
+                 "split is not train, validation or test": "split" in row and part not in PARTS}
+        if reasons := [reason for reason, holds in wrong.items() if holds]:
+            skipped[reasons[0]] += 1
+            print(f"skipped: {path}, line {n}: {reasons[0]}", file=sys.stderr)
+        else:
+            posts.append(Post("posts", str(n), path.parent / name, text, label, part))
+    labels = {post.label for post in posts}
+    labels = *(label for label in LABELS if label in labels), *sorted(labels.difference(LABELS))
+    for post in posts:
+        post.label = labels.index(post.label)
+    if not posts:
+        raise UserError(f"{path} has no post to use; skipped: {describe(skipped)}")
+    return posts, skipped, labels
 
 
 def decode_text(content):

@@ -1,11 +1,12 @@
-"""Judge a pretrained TI-JEPA on MVSA: frozen or fine-tuned features -> linear head -> one table for each set.
+"""Judge a pretrained TI-JEPA on MVSA or other posts: frozen or fine-tuned features -> linear head -> a table.
 
-    python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --mvsa data/toy/mvsa --out out/toy
+    python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --mvsa data/toy/mvsa
+    python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --posts FOLDER    another set: FOLDER/posts.csv
 
-Writes to OUT, with the protocol in the name unless it is `standard`: results.md, the table; results.json, all
-numbers; predictions.csv, the probabilities of each test post, from which all scores come; confusion.png, of
-the last row; predictions/, those of each finished seed, to be reused. All choices are made on validation. The
-"F1" of MVSA papers is the weighted one; macro F1 is low if a class is never predicted. See README.md, too.
+Writes to OUT, with FOLDER's name and a protocol other than `standard` in the names: results.md, the table;
+results.json, all numbers; predictions.csv, the probabilities of each test post, from which all scores come;
+confusion.png, of the last row; predictions/, those of each finished seed, to be reused. All choices are made
+on validation. The "F1" of MVSA papers is the weighted one; macro F1 is low if a class is never predicted.
 """
 import argparse
 import copy
@@ -14,10 +15,11 @@ import json
 import math
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ import data
 import model
 from model import UserError
 
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a label is a $
 REGULARISATION = (1e-3, 1e-2, 1e-1)  # C of the logistic regression, chosen on validation
 LEARNING_RATES = (1e-4, 5e-4)  # of fine-tuning, chosen on validation
 BATCH = 32  # posts at a time, in training and in prediction
@@ -46,7 +49,7 @@ TUNED, TUNED_UNTRAINED = PRETRAINED + FINE_TUNED, UNTRAINED + FINE_TUNED
 ROWS = {"probe": (MAJORITY, TEXT, IMAGE, CONCAT, UNTRAINED, PRETRAINED, ONLINE, NO_IMAGE, NO_TEXT, BOTH),
         "finetune": (TUNED_UNTRAINED, ONLINE + FINE_TUNED, TUNED)}
 COMPARED = {PRETRAINED: (UNTRAINED, CONCAT, ONLINE), TUNED: (TUNED_UNTRAINED, CONCAT)}
-NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}
+NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}  # another set has its folder's
 REPORTED = {"single": (76.75, 74.62), "multi": (77.55, 75.02)}  # TI-JEPA-Large, by the paper
 
 
@@ -57,7 +60,8 @@ def parse_args(argv=None):
     add, number = parser.add_argument, data.number
     add("--checkpoint", default="out/toy/checkpoint.pt", help="written by pretrain.py")
     add("--mvsa", default="data/mvsa", help="folder with one or both MVSA sets")
-    add("--out", default="out/toy", help="folder for the results")
+    add("--posts", default="", metavar="FOLDER", help="judge on FOLDER/posts.csv in place of MVSA")
+    add("--out", default="", help="folder for the results (empty: the checkpoint's)")
     add("--protocol", choices=("standard", "grouped", "authors"), default="standard", help="how to split")
     add("--mode", choices=list(ROWS), nargs="+", default=list(ROWS), help="how to use the features")
     add("--split", default="", help="folder of CLMLF's train.json, dev.json, test.json (empty: by seed)")
@@ -72,6 +76,8 @@ def parse_args(argv=None):
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
     args = parser.parse_args(argv)
     args.seeds = [*dict.fromkeys(args.seeds)]  # a seed that is there twice is one
+    args.out = args.out or str(Path(args.checkpoint).parent)
+    args.posts = args.posts and str(Path(args.posts).resolve())
     return args
 
 
@@ -115,11 +121,15 @@ def extract_features(net, cache, seeds):
 
 
 def split_posts(posts, args):
-    """Posts -> {seed: indices of train, validation, test}, notes {what: how many}, and with --split the test
-    posts that repeat a training post."""
-    labels, groups, notes = [post.label for post in posts], None, {}
-    if args.split:
-        parts, notes = data.clmlf_split(args.split, posts)
+    """Posts -> {seed: indices of train, validation, test}, notes {what: how many}, and of a published split
+    the test posts that repeat a training post."""
+    labels, groups, notes = [post.label for post in posts], None, Counter()
+    if args.protocol == "standard" and (args.split or posts[0].part):
+        parts = [np.flatnonzero([post.part == part for post in posts]) for part in data.PARTS]
+        if args.split:
+            parts, notes = data.clmlf_split(args.split, posts)
+        if not all(map(len, parts)):
+            raise UserError(f"{args.posts}: one of {data.PARTS} has no readable post")
         repeats = data.repeats(posts, *parts)
         for name, repeated in zip(("validation", "test"), repeats):
             notes.update(f"{name} posts with the {what} of a training post" for what, _ in repeated)
@@ -138,30 +148,31 @@ def fit_probe(x, y, train, validation):
     """Logistic regression of labels [P] on standardised features [P, D], with the C that is best on
     validation -> the probe, its choice {"C", "validation", "loss"}. Raises UserError for a single label."""
     if len(np.unique(y[train])) < 2:
-        raise UserError(f"all training posts are {data.LABELS[y[train][0]]}: a probe needs two labels")
+        raise UserError("all training posts have the same label: a probe needs two")
     fitted = []
     for c in REGULARISATION:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
         probe.fit(x[train], y[train])
-        fitted.append((probe, {"C": c, **validate(probabilities_of(probe, x[validation]), y[validation])}))
+        guess = probabilities_of(probe, x[validation], y.max() + 1)
+        fitted.append((probe, {"C": c, **validate(guess, y[validation])}))
     return max(fitted, key=lambda one: one[1]["validation"])  # of equals the first
 
 
-def probabilities_of(probe, x):
-    """A fitted probe, features [P, D] -> probabilities [P, 3], 0 of a label that no training post has."""
-    probabilities = np.zeros((len(x), len(data.LABELS)))
+def probabilities_of(probe, x, classes):
+    """A fitted probe, features [P, D] -> probabilities [P, K], 0 of a label that no training post has."""
+    probabilities = np.zeros((len(x), classes))
     probabilities[:, probe.classes_] = probe.predict_proba(x)
     return probabilities
 
 
-def head_of(probe):
-    """A fitted probe -> the same of features that are not standardised: a Linear to 3 logits."""
+def head_of(probe, classes):
+    """A fitted probe -> the same of features that are not standardised: a Linear to K logits."""
     scaler, regression = probe
     weight = regression.coef_ / scaler.scale_
     bias = regression.intercept_ - weight @ scaler.mean_
     if len(weight) == 1:  # of two labels scikit-learn has the second's log odds alone
         weight, bias = np.vstack([-weight / 2, weight / 2]), np.hstack([-bias / 2, bias / 2])
-    head = torch.nn.Linear(weight.shape[1], len(data.LABELS)).requires_grad_(False)
+    head = torch.nn.Linear(weight.shape[1], classes).requires_grad_(False)
     head.weight.zero_()
     head.bias.fill_(-30.0)  # a label that no training post has stays impossible
     head.weight[probe.classes_] = torch.from_numpy(weight).float()
@@ -170,7 +181,7 @@ def head_of(probe):
 
 
 def validate(probabilities, y):
-    """Probabilities [V, 3], labels [V] -> what choices go by: accuracy and mean cross-entropy."""
+    """Probabilities [V, K], labels [V] -> what choices go by: accuracy and mean cross-entropy."""
     loss = -np.log(np.maximum(probabilities[np.arange(len(y)), y], 1e-7)).mean()
     return {"validation": metrics.accuracy_score(y, probabilities.argmax(1)), "loss": float(loss)}
 
@@ -179,27 +190,27 @@ class Classifier(torch.nn.Module):
     """An encoder (X~, X or untrained) and a linear head on its mean token, which starts as the probe:
     a random head would spoil the features in the first steps (Kumar et al. 2022)."""
 
-    def __init__(self, net, encoder, probe):
+    def __init__(self, net, encoder, probe, classes):
         super().__init__()
-        self.autocast, self.encoder, self.head = net.autocast, copy.deepcopy(encoder), head_of(probe)
+        self.autocast, self.encoder, self.head = net.autocast, copy.deepcopy(encoder), head_of(probe, classes)
         self.requires_grad_(True).to(net.device)
 
     def forward(self, s_image, s_text, text_mask):
         with self.autocast():
             pooled = self.encoder(s_image, s_text, text_mask).mean(1)  # [B, D]
-        return self.head(pooled.float())  # [B, 3], in float32
+        return self.head(pooled.float())  # [B, K], in float32
 
 
-def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, seed):
+def finetune(net, encoder, probe, choice, cache, y, classes, train, validation, epochs, seed):
     """Train encoder and head from the probe on -> Classifier, its choice. A step takes a few random patches:
     no token of X depends on the others, so their mean is an unbiased estimate of the mean over all.
 
     Each learning rate is tried until the first epoch with a higher cross-entropy on validation (accuracy
     hardly tells two epochs apart). The best epoch is taken; epoch 0 is the probe."""
-    best = Classifier(net, encoder, probe).state_dict()
+    best = Classifier(net, encoder, probe, classes).state_dict()
     probe_loss, choice = choice["loss"], {**choice, "lr": None, "epoch": 0}
     for lr in LEARNING_RATES:
-        classifier = Classifier(net, encoder, probe)
+        classifier = Classifier(net, encoder, probe, classes)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
         scaler = torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
         rng, lowest = np.random.default_rng(seed), probe_loss
@@ -230,19 +241,19 @@ def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, s
 
 @torch.no_grad()
 def predict(classifier, cache, part):
-    """Indices of posts -> probabilities [P, 3]"""
+    """Indices of posts -> probabilities [P, K]"""
     features = batches(cache, cache.readable[part])
     return torch.cat([classifier(*batch[:3]).softmax(-1).cpu() for batch in features]).double().numpy()
 
 
-def predict_rows(net, cache, features, y, split, seed, probes, args):
-    """The test posts of a split -> {"probabilities": {row: [P, 3]}, "choices": {row: choice}}. `probes` are
+def predict_rows(net, cache, features, y, classes, split, seed, probes, args):
+    """The test posts of a split -> {"probabilities": {row: [P, K]}, "choices": {row: choice}}. `probes` are
     those fitted on this split: all seeds share them, but for the untrained X~."""
     train, validation, test = split
     probabilities, choices = {}, {}
     for row in [row for mode in ROWS if mode in args.mode for row in ROWS[mode]]:
         if row == MAJORITY:
-            probabilities[row] = np.eye(len(data.LABELS))[[np.bincount(y[train]).argmax()] * len(test)]
+            probabilities[row] = np.eye(classes)[[np.bincount(y[train]).argmax()] * len(test)]
             continue
         start = row.removesuffix(FINE_TUNED)
         key = (start, seed) if start == UNTRAINED else start
@@ -250,25 +261,26 @@ def predict_rows(net, cache, features, y, split, seed, probes, args):
             probes[key] = fit_probe(features[key], y, train, validation)
         probe, choices[row] = probes[key]
         if row == start:
-            probabilities[row] = probabilities_of(probe, features[key][test])
+            probabilities[row] = probabilities_of(probe, features[key][test], classes)
         else:
             encoder = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}.get(start)
             classifier, choices[row] = finetune(net, encoder or untrained(net, seed), probe, choices[row],
-                                                cache, y, train, validation, args.finetune_epochs, seed)
+                                                cache, y, classes, train, validation, args.finetune_epochs,
+                                                seed)
             probabilities[row] = predict(classifier, cache, test)
     return {"probabilities": {row: p.tolist() for row, p in probabilities.items()}, "choices": choices}
 
 
 # ---- Predictions -> scores. Before this, test labels only stratify splits ----
-def score(y, predicted, seeds):
-    """Labels, predictions, seeds [T] -> {score: [% of each seed], "confusion": [3, 3] of all seeds}."""
+def score(y, predicted, seeds, classes):
+    """Labels, predictions, seeds [T] -> {score: [% of each seed], "confusion": [K, K] of all seeds}."""
     scores = defaultdict(list)
     for seed in dict.fromkeys(seeds):  # in their order
         pair = y[seeds == seed], predicted[seeds == seed]
         scores["accuracy"].append(100 * metrics.accuracy_score(*pair))
         for average in ("weighted", "macro"):
             scores[f"{average} F1"].append(100 * metrics.f1_score(*pair, average=average))
-    scores["confusion"] = metrics.confusion_matrix(y, predicted, labels=range(len(data.LABELS))).tolist()
+    scores["confusion"] = metrics.confusion_matrix(y, predicted, labels=range(classes)).tolist()
     return scores
 
 
@@ -282,15 +294,16 @@ def bootstrap(gains, posts, draws=2000):
     return [100 * float(value) for value in (gains.mean(), low, high)]
 
 
-def judge(net, loaded, results, lines, args):
+def judge(net, loaded, names, results, lines, args):
     """Split `loaded` {set: (posts, skipped)} as one pool, predict, score: fills `results` {set: its part of
-    results.json} and the `lines` of predictions.csv. Predictions made from the same are reused."""
-    posts = [post for of_set, _ in loaded.values() for post in of_set]
+    results.json} and the `lines` of predictions.csv. Predictions made from the same are reused. `names`: of
+    the labels."""
+    posts, classes = [post for of_set, _ in loaded.values() for post in of_set], len(names)
     cache = data.FeatureCache(args.cache, [(post.image, [post.text]) for post in posts], net)
     for i in cache.unreadable:
         loaded[posts[i].set][1]["unreadable image"] += 1
     if not len(cache.readable):
-        raise UserError(f"no image of {NAMES[posts[0].set]} in {posts[0].image.parent} can be read")
+        raise UserError(f"no image in {posts[0].image.parent} can be read")
     posts = [posts[i] for i in cache.readable]  # from here on, indices are of these
     sets, labels = np.array([post.set for post in posts]), np.array([post.label for post in posts])
     splits, notes, repeated = split_posts(posts, args)
@@ -309,7 +322,8 @@ def judge(net, loaded, results, lines, args):
             rows = json.loads(path.read_bytes())
         if not isinstance(rows, dict) or rows.get("made_from") != made_from:
             features = features or extract_features(net, cache, args.seeds)
-            rows = predict_rows(net, cache, features, labels, split, seed, probes[hashes[seed]], args)
+            rows = predict_rows(net, cache, features, labels, classes, split, seed, probes[hashes[seed]],
+                                args)
             data.write_json(path, {"made_from": made_from, **rows})
         predictions[seed] = rows
     for kind, (_, skipped) in loaded.items():
@@ -321,14 +335,15 @@ def judge(net, loaded, results, lines, args):
             values = np.concatenate([one["probabilities"][row] for one in predictions.values()])[of_set]
             predicted = values.argmax(1)
             right[row] = (predicted == y).astype(float)
-            scores[row] = score(y, predicted, seed)
-            if args.split and new.any():
-                scores[row]["accuracy without repeats"] = score(y[new], predicted[new], seed[new])["accuracy"]
+            scores[row] = score(y, predicted, seed, classes)
+            if repeated and new.any():
+                scores[row]["accuracy without repeats"] = score(y[new], predicted[new], seed[new],
+                                                                classes)["accuracy"]
             for s, i, k, p in zip(seed, post, predicted, values.round(6)):
-                lines.append((kind, s, row, posts[i].id, data.LABELS[labels[i]], data.LABELS[k], *p))
-        counts = np.bincount(labels[sets == kind], minlength=len(data.LABELS)).tolist()
+                lines.append((kind, s, row, posts[i].id, names[labels[i]], names[k], *p))
+        counts = np.bincount(labels[sets == kind], minlength=classes).tolist()
         results[kind] = {
-            "posts": sum(counts), "labels": dict(zip(data.LABELS, counts)), "skipped": skipped,
+            "posts": sum(counts), "labels": dict(zip(names, counts)), "skipped": skipped,
             "choices": {row: {seed: one["choices"][row] for seed, one in predictions.items()}
                         for row in rows["choices"]},
             "split_hash": hashes, "split_notes": notes, "scores": scores,
@@ -355,7 +370,7 @@ def markdown(*rows):
 def make_table(results, config, args, start_share):
     """The results -> Markdown: each set's scores, differences and confusion matrix, or why there are none."""
     over = "untrained weights and fine-tuning; " + ("published split" if args.split else "each its own split")
-    parts = ["# TI-JEPA on MVSA",
+    parts = [f"# TI-JEPA on {Path(args.posts).name or 'MVSA'}",
              f"f_I {config.image_encoder}, f_T {config.text_encoder}, checkpoint {args.checkpoint}, protocol "
              f"{args.protocol}. Mean ± standard deviation in % over {len(args.seeds)} seeds, which decide "
              f"{over}; one pretrained checkpoint. {start_share:.2%} of X~ is still its random start."]
@@ -366,18 +381,21 @@ def make_table(results, config, args, start_share):
         pool = " of the pool, upsampled" if args.protocol == "authors" else ""
         notes = "".join(f"; {count} {what}" for what, count in result["split_notes"].items())
         skipped = data.describe(result["skipped"])
-        parts += [f"## {NAMES[kind]}", f"{result['posts']} posts, skipped: {skipped}; train, validation, "
-                                       f"test {result['split_sizes']}{pool}{notes}"]
+        parts += [f"## {NAMES.get(kind) or Path(args.posts).name}",
+                  f"{result['posts']} posts, skipped: {skipped}; train, validation, test "
+                  f"{result['split_sizes']}{pool}{notes}"]
         columns = [key for key in last if key != "confusion"]
         table = [(row, *(mean_std(one[key]) for key in columns)) for row, one in result["scores"].items()]
-        reported = "TI-JEPA-Large, *reported* in the paper, not measured here", *REPORTED[kind]
-        parts.append(markdown(("features", *columns), *table, (*reported, *["–"] * (len(columns) - 2))))
+        if kind in REPORTED:
+            reported = "TI-JEPA-Large, *reported* in the paper, not measured here", *REPORTED[kind]
+            table.append((*reported, *["–"] * (len(columns) - 2)))
+        parts.append(markdown(("features", *columns), *table))
         differences = [(pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
                        for pair, (gain, low, high) in result["differences"].items()]
         header = "difference in accuracy, same test posts", "points", "95 % interval over test posts"
-        confusion = [(label, *counts) for label, counts in zip(data.LABELS, last["confusion"])]
+        confusion = [(label, *counts) for label, counts in zip(result["labels"], last["confusion"])]
         parts += [markdown(header, *differences), f"{last_row}, all seeds together:",
-                  markdown(("true \\ predicted", *data.LABELS), *confusion)]
+                  markdown(("true \\ predicted", *result["labels"]), *confusion)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -416,23 +434,28 @@ def main(args):
         table = ablation_table(Path(args.ablate))
         (Path(args.ablate) / "results.md").write_text(table, encoding="utf-8")
         return print(table)
-    if args.split and args.protocol != "standard":
-        raise UserError(f"--split is for the standard protocol, not for --protocol {args.protocol}")
-    folders = data.find_mvsa(args.mvsa)  # before any model is loaded
-    if args.protocol == "authors" and len(folders) < 2:
-        raise UserError(f"--protocol authors pools both sets; {args.mvsa} has only {' '.join(folders)}")
-    loaded = {kind: data.load_mvsa(folders[kind]) for kind in NAMES if kind in folders}
+    if args.split and (args.posts or args.protocol != "standard"):
+        raise UserError("--split is for MVSA by the standard protocol")
+    if args.posts:  # before any model is loaded
+        *loaded, names = data.load_posts(args.posts)
+        loaded = {"posts": loaded}
+    else:
+        folders, names = data.find_mvsa(args.mvsa), data.LABELS
+        loaded = {kind: data.load_mvsa(folders[kind]) for kind in NAMES if kind in folders}
+        if args.protocol == "authors" and len(folders) < 2:
+            raise UserError(f"--protocol authors pools both sets; {args.mvsa} has only {' '.join(folders)}")
     pools = [loaded] if args.protocol == "authors" else [{kind: pair} for kind, pair in loaded.items()]
     device = model.pick_device(args.device)
     net, checkpoint = model.TIJEPA.from_checkpoint(args.checkpoint, args.image_weights, args.text_encoder)
     net.place(device, args.dtype)
-    print(f"finetune_mvsa: {args.checkpoint}, {', '.join(map(str, folders.values()))}, {device}, {net.dtype}")
+    print(f"finetune_mvsa: {args.checkpoint}, {args.posts or args.mvsa}, {device}, {net.dtype}")
     with data.locked(args.out):
-        results, lines = {}, [("set", "seed", "row", "id", "label", "prediction", *data.LABELS)]
+        results, lines = {}, [("set", "seed", "row", "id", "label", "prediction", *names)]
         for pool in pools:
-            judge(net, pool, results, lines, args)
+            judge(net, pool, names, results, lines, args)
         table = make_table(results, net.config, args, checkpoint["start_share"])
-        ending = "" if args.protocol == "standard" else f"_{args.protocol}"
+        words = Path(args.posts).name, args.protocol.replace("standard", "")
+        ending = "".join(f"_{word}" for word in words if word)
         path = Path(args.out) / f"results{ending}.json"
         path.with_suffix(".md").write_text(table, encoding="utf-8")
         with open(path.with_name(f"predictions{ending}.csv"), "w", newline="", encoding="utf-8") as file:
@@ -440,8 +463,9 @@ def main(args):
         figure = Figure((4 * len(results), 3.6), layout="tight")  # the last row's confusion matrices
         for axis, (kind, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
             row, scores = list(result["scores"].items())[-1]
-            matrix = metrics.ConfusionMatrixDisplay(np.array(scores["confusion"]), display_labels=data.LABELS)
-            matrix.plot(ax=axis, cmap="Blues", colorbar=False).ax_.set_title(NAMES[kind])
+            matrix = metrics.ConfusionMatrixDisplay(np.array(scores["confusion"]), display_labels=names)
+            matrix.plot(ax=axis, cmap="Blues", colorbar=False)
+            axis.set_title(NAMES.get(kind) or Path(args.posts).name)
         figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)
         figure.savefig(path.with_name(f"confusion{ending}.png"), dpi=100)
         git = f"git -C '{Path(__file__).parent}' describe --always --exclude='*' --abbrev=40 --dirty=+"

@@ -75,6 +75,7 @@ PRESETS = {
     "tiny": dict(epochs=30, batch_size=16, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
+SHOWN = "loss", "energy_matched", "energy_mismatched", "pair_accuracy"  # of a log line, on the terminal
 # Options and parts of Config that --resume may find changed: of no effect, or compared by contents
 FREE = {"out", "coco", "device", "cache", "accumulate", "resume", "bench", "eval", "eval_masks",
         "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
@@ -265,7 +266,10 @@ def main(args):
                             skipped_steps=round(overflows), images_per_s=here * args.batch_size / elapsed,
                             data_wait=waited / elapsed, **metrics)
                 log.append({name: value if math.isfinite(value) else None for name, value in line.items()})
-                tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+                if last <= first_step or len(log) % 20 == 1:  # this process's first line, then now and then
+                    tqdm.write(f"{'':11}{''.join('  ' + name for name in SHOWN)}  min left")
+                columns = "".join(f"{line[name]:{len(name) + 2}.3f}" for name in SHOWN)
+                tqdm.write(f"step {done:<6}{columns}{(steps - done) * elapsed / here / 60:10.1f}")
                 running[0] = 0
                 line_time, waited = time.time(), 0.0
             if stop or done // steps_per_epoch > last // steps_per_epoch:

@@ -1291,7 +1291,7 @@ def test_each_row_is_learnt_from_its_own_features_and_encoder_and_no_test_label(
     changed, probes, args = y.copy(), {}, finetune_mvsa.parse_args(["--finetune_epochs", "2"])
     changed[test] = (y[test] + 1) % 3  # also of these, which are all, 1 is the rarest label
     for seed in (0, 5):  # they share probes
-        rows = finetune_mvsa.predict_rows(net, cache, features, changed, (train, validation, test), seed,
+        rows = finetune_mvsa.predict_rows(net, cache, features, changed, 3, (train, validation, test), seed,
                                           probes, args)
         assert tuple(rows["probabilities"]) == ROWS
         assert rows["probabilities"].pop("majority class") == len(test) * [[0, 1, 0]]
@@ -1301,10 +1301,10 @@ def test_each_row_is_learnt_from_its_own_features_and_encoder_and_no_test_label(
             start = row.removesuffix(", fine-tuned")
             x = features[(start, seed) if start == UNTRAINED else start]
             probe, choice = finetune_mvsa.fit_probe(x, y, train, validation)
-            expected = finetune_mvsa.probabilities_of(probe, x[test])
+            expected = finetune_mvsa.probabilities_of(probe, x[test], 3)
             if row != start:
-                tuned, choice = finetune_mvsa.finetune(net, encoders[start], probe, choice, cache, y, train,
-                                                       validation, 2, seed)
+                tuned, choice = finetune_mvsa.finetune(net, encoders[start], probe, choice, cache, y, 3,
+                                                       train, validation, 2, seed)
                 expected = finetune_mvsa.predict(tuned, cache, test)
             assert probabilities == expected.tolist() and rows["choices"][row] == choice, row
 
@@ -1330,10 +1330,10 @@ def test_fit_probe_takes_the_c_of_the_best_validation_accuracy():
 def test_head_of_gives_the_probabilities_of_the_probe_and_0_for_a_label_without_posts(single, missing):
     x, y = single.features[CONCAT], single.y
     probe, _ = finetune_mvsa.fit_probe(x, y, np.flatnonzero(y != missing), np.arange(9))
-    probabilities = finetune_mvsa.probabilities_of(probe, x)
+    probabilities = finetune_mvsa.probabilities_of(probe, x, 3)
     assert np.array_equal(probabilities[:, np.unique(y[y != missing])], probe.predict_proba(x))
     assert probabilities.shape == (60, 3) and np.allclose(probabilities.sum(1), 1)
-    logits = finetune_mvsa.head_of(probe)(torch.from_numpy(x))
+    logits = finetune_mvsa.head_of(probe, 3)(torch.from_numpy(x))
     assert np.allclose(logits.softmax(1), probabilities, atol=1e-5)
     assert missing is None or (logits[:, missing] == -30).all()
 
@@ -1344,16 +1344,16 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all_weights_in_16_bits_too(s
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     monkeypatch.setattr(finetune_mvsa, "validate", lambda *given: {"validation": 0, "loss": next(losses)})
     monkeypatch.setattr(finetune_mvsa, "LEARNING_RATES", (1e-3,))
-    start = finetune_mvsa.Classifier(*single.start)
+    start = finetune_mvsa.Classifier(*single.start, 3)
     for dtype in (torch.float32, torch.float16):
         monkeypatch.setattr(net, "dtype", dtype)
-        tuned, _ = finetune_mvsa.finetune(*single.start, {"loss": 100}, cache, y, *single.split[:2], 6, 0)
+        tuned, _ = finetune_mvsa.finetune(*single.start, {"loss": 100}, cache, y, 3, *single.split[:2], 6, 0)
         predictions += [finetune_mvsa.predict(one, cache, train) for one in (start, tuned)]
         for name, p in tuned.named_parameters():
             assert p.dtype == torch.float32 and not torch.equal(p, start.get_parameter(name))
     assert [made.kwargs["enabled"] for made in scaler.call_args_list] == [False, True]
     start, tuned, half_start, half_tuned = predictions  # [T, 3] each
-    expected = finetune_mvsa.probabilities_of(single.start[2], single.features[PRETRAINED][train])
+    expected = finetune_mvsa.probabilities_of(single.start[2], single.features[PRETRAINED][train], 3)
     assert np.allclose(start, expected, atol=1e-4) and not np.array_equal(start, half_start)
     assert (tuned - start)[range(len(train)), y[train]].mean() > 0.09  # of the true labels
     assert abs(half_tuned - tuned).mean() < 0.001
@@ -1373,12 +1373,12 @@ def test_fine_tuning_takes_the_best_epoch_on_validation(single, monkeypatch, los
         {"validation": 0, "loss": loss} for loss in losses[1:]])
     monkeypatch.setattr(model, "gather", gather)
     monkeypatch.setattr(finetune_mvsa, "validate", validate)
-    tuned, choice = finetune_mvsa.finetune(*single.start, {"loss": losses[0]}, single.cache, single.y, train,
-                                           validation, 4, 0)
+    tuned, choice = finetune_mvsa.finetune(*single.start, {"loss": losses[0]}, single.cache, single.y, 3,
+                                           train, validation, 4, 0)
     assert (choice["lr"], choice["epoch"], choice["loss"]) == best
     assert validate.call_count == gather.call_count == len(losses) - 1
     assert all(np.array_equal(made.args[1], single.y[validation]) for made in validate.call_args_list)
-    assert torch.allclose(tuned.head.bias, finetune_mvsa.head_of(single.start[2]).bias + 0.05 * best[1])
+    assert torch.allclose(tuned.head.bias, finetune_mvsa.head_of(single.start[2], 3).bias + 0.05 * best[1])
     posts = single.cache.rows("image.float16", single.cache.readable[train])[:, 0, 0].tolist()
     orders, patches = zip(*((made.args[0][:, 0, 0].tolist(), made.args[1].tolist())
                             for made in gather.call_args_list))
@@ -1406,10 +1406,12 @@ def recompute(folder, ending=""):
     for line in lines:
         pair = line["label"], line["prediction"]
         groups.setdefault((line["set"], line["row"], line["seed"]), []).append(pair)
-        assert float(line[line["prediction"]]) == max(float(line[label]) for label in data.LABELS)
+        assert float(line[line["prediction"]]) == max(map(float, [*line.values()][6:]))
     names = ["accuracy", "weighted F1", "macro F1"]
-    rows = [["features", *names], ["true \\ predicted", *data.LABELS]]
+    rows = [["features", *names]]
     for kind, result in results["sets"].items():
+        labels = [*result["labels"]]
+        rows.append(["true \\ predicted", *labels])
         for row, scores in result["scores"].items():
             confusion = 0
             for n, seed in enumerate(results["seeds"]):
@@ -1417,11 +1419,11 @@ def recompute(folder, ending=""):
                 report = classification_report(*pair, output_dict=True, zero_division=0)
                 f1 = [report[f"{average} avg"]["f1-score"] for average in ("weighted", "macro")]
                 assert [scores[name][n] / 100 for name in names] == pytest.approx([report["accuracy"], *f1])
-                confusion += confusion_matrix(*pair, labels=data.LABELS)
+                confusion += confusion_matrix(*pair, labels=labels)
             assert scores["confusion"] == confusion.tolist()
             rows.append([row, *(f"{np.mean(scores[name]):.2f} ± {np.std(scores[name], ddof=1):.2f}"
                                 for name in names)])
-        rows += [[label, *map(str, counts)] for label, counts in zip(data.LABELS, scores["confusion"])]
+        rows += [[label, *map(str, counts)] for label, counts in zip(labels, scores["confusion"])]
         for pair, (gain, low, high) in result["differences"].items():
             new, old = (np.array(result["scores"][row]["confusion"]) for row in pair.split(" minus "))
             assert gain == pytest.approx(100 * np.trace(new - old) / new.sum())
@@ -1488,6 +1490,35 @@ def test_a_published_split_is_used_and_scored_with_and_without_repeats(judged_on
     assert result["scores"][tested[0]["row"]]["accuracy without repeats"][1] == pytest.approx(right)
 
 
+@pytest.mark.parametrize("protocol, split", [("standard", True), ("standard", False), ("authors", True)])
+def test_other_posts_are_judged_as_mvsa_and_lines_of_no_use_are_named(toy, pretrained, tmp_path, protocol,
+                                                                      split):
+    folder, labels = tmp_path / "my posts", ["positive", "negative", "10", "so, so"]
+    shutil.copytree(toy / "mvsa" / "MVSA_Single" / "data", folder / "a b")
+    (folder / "a b" / "9.jpg").write_bytes(b"no image")
+    posts = [[f"a b/{n}.jpg", f"navy\ntiles, {n % 38}", labels[n % 4], "", part][:4 + split]
+             for n, part in enumerate(20 * ["train"] + 8 * ["validation"] + 12 * ["test"], start=1)]
+    wrong = ["none.jpg", "", "10", "", "test"], ["a b/1.jpg", "", " ", "", "test"], ["a b/1.jpg", ""]
+    with open(folder / "posts.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["image", "text", "label", "more", "split"][:4 + split], *posts,
+                                    *(line[:4 + split] for line in wrong),
+                                    *[["a b/1.jpg", "", "10", "", "dev"]] * split])
+    out = ["--posts", folder, "--out", tmp_path / "out", "--protocol", protocol]
+    said = judge_mvsa(pretrained.out, *out).err
+    results, lines, table = recompute(tmp_path / "out", "_my posts" + "_authors" * (protocol == "authors"))
+    result = results["sets"]["posts"]
+    assert result["labels"] == {"positive": 10, "negative": 9, "10": 10, "so, so": 10}
+    assert "## my posts\n" in table and "TI-JEPA-Large" not in table
+    for n, reason in enumerate(["no image file", "no label", "not as many fields"], start=82):
+        assert f"posts.csv, line {n}: {reason}" in said
+    assert ("posts.csv, line 85: split is not" in said) == split
+    assert sum(result["skipped"].values()) == 4 + split  # and the unreadable image
+    tested = {line["id"] for line in lines if line["seed"] == "0"}
+    if split and protocol == "standard":
+        assert result["split_sizes"] == [19, 8, 12] and tested == {str(n) for n in range(59, 82, 2)}
+        assert "accuracy without repeats" in table
+
+
 SEED = "out/predictions/standard-single-{}.json".format
 BETWEEN = {  # what changes between two runs: (how, options of the second, seeds that they compute again)
     "epochs": (str, "--finetune_epochs 2", [0, 1]), "mode": (str, "--mode finetune", [0, 1]),
@@ -1508,7 +1539,7 @@ BETWEEN = {  # what changes between two runs: (how, options of the second, seeds
 def test_predictions_are_reused_for_the_same_run(judged_once, tmp_path, monkeypatch, change, options, again):
     judged, asked = shutil.copytree(judged_once, tmp_path / "judged"), []
     after(monkeypatch, finetune_mvsa, "predict_rows", lambda _, *given: (
-        asked.append(given[5]), asked == [2] and Mock(side_effect=KeyboardInterrupt)()))
+        asked.append(given[6]), asked == [2] and Mock(side_effect=KeyboardInterrupt)()))
     change(judged)
     judge_mvsa(judged, "--split", judged / "single", *options.split())
     assert asked == again
