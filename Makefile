@@ -6,10 +6,15 @@ VENV := .venv
 PYTHON3 := python3
 $(if $(word 2,$(VENV)),$(error VENV cannot have a space in it))
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON3))
-COCO := data/coco
-MVSA := data/mvsa
-# `small` where the data are, else the toy. Any PRESET on the command line wins.
-PRESET := $(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(MAKECMDGOALS)" = pretrain ] && echo small || echo toy)
+COCO ?= data/coco
+MVSA ?= data/mvsa
+# A path that begins with ~/, which not every shell replaces
+$(foreach name,COCO MVSA OUT CACHE SPLIT POSTS CHECKPOINT IMAGE_WEIGHTS TEXT_ENCODER,$(if $(filter ~/%,$(firstword $($(name)))),\
+	$(eval override $(name) := $(HOME)$(subst ~~,,~$($(name))))))
+# `small` where the data are, or were named: then what is missing is an error. Else the toy. A PRESET that is named wins.
+ASKED := $(if $(filter pretrain,$(MAKECMDGOALS)),COCO,COCO MVSA)
+NAMED := $(filter-out file,$(foreach name,$(ASKED),$(origin $(name))))
+PRESET := $(if $(NAMED),small,$(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(ASKED)" = COCO ] && echo small || echo toy))
 OUT := out/$(PRESET)
 # Passed on to both scripts: DEVICE=cpu, DTYPE=bfloat16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, CACHE=DIR. To pretrain.py:
 # IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image|whitened, SEED=N, GPUS=N processes, ARGS=any. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
@@ -115,12 +120,19 @@ packages:
 	sys.exit(sys.executable + ' lacks ' + ', '.join(lacks) + '; pip install -r requirements.txt' if lacks else 0)"
 else
 packages: $(VENV)/installed
-# Of two makes at once, the second waits and finds it done.
+# Of two makes at once, the second waits and finds it done (where the disk has locks).
+define LOCKED
+import contextlib, fcntl, subprocess, sys
+lock = open(sys.argv[1], "w")
+with contextlib.suppress(OSError):
+    fcntl.flock(lock, fcntl.LOCK_EX)
+sys.exit(subprocess.call(sys.argv[2:]))
+endef
+export LOCKED
 $(VENV)/installed: requirements.txt
 	@echo "installing requirements.txt into $(VENV) (torch is large: minutes)" >&2
 	@$(PYTHON3) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, not " + sys.version.split()[0] + ": make PYTHON3=python3.11 ...")'
 	@$(PYTHON3) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON3) lacks its venv module: install it (Debian: apt install python3-venv), or VENV= to use its packages" >&2; exit 1; }
 	@mkdir -p $(VENV)
-	@$(PYTHON3) -c 'import fcntl, subprocess, sys; lock = open(sys.argv[1], "w"); fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[2:]))' \
-		$(VENV)/.lock sh -c '[ $@ -nt requirements.txt ] || { $(PYTHON3) -m venv $(VENV) && $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt && touch $@; }'
+	@$(PYTHON3) -c "$$LOCKED" $(VENV)/.lock sh -c '[ $@ -nt requirements.txt ] || { $(PYTHON3) -m venv $(VENV) && $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt && touch $@; }'
 endif

@@ -6,12 +6,15 @@
 """
 import argparse
 import csv
+import errno
 import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
+import stat
 import struct
 import sys
 import time
@@ -49,18 +52,23 @@ NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Lookup
 
 
 # ---- COCO: pictures, captions, the order of an epoch, the held-out images ----
-def read_image(path, encoder):
+def read_image(path, encoder, expected=""):
     """Path -> pixels uint8 [3, H, W], upright, squashed (as the authors do) to the size that f_I `encoder`
-    takes: captions are about the edges, too. Raises UserError for what Pillow cannot decode."""
+    takes: captions are about the edges, too. Raises UserError for what Pillow cannot decode, OSError if the
+    bytes have another digest than `expected`."""
     (height, width), method = encoder.input_size, Image.Resampling[encoder.interpolation.upper()]
     content = read_file(Path(path))
+    if expected and digest(content) != expected:
+        raise OSError(errno.ESTALE, "it changed while it was read", str(path))
     if content is None:
         raise UserError(f"{path} is no file")
     try:
-        with Image.open(BytesIO(content)) as image:
+        with named(path), Image.open(BytesIO(content)) as image:
             image.draft(None, (2 * width, 2 * height))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
             image = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), method)
     except NOT_AN_IMAGE as error:
+        if getattr(error, "errno", None) or re.search(OUT_OF_MEMORY, str(error)):  # not the picture's fault
+            raise
         raise UserError(f"{path} cannot be read as an image: {error!r:.100}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -116,11 +124,16 @@ def default_held_out(images):
 
 def hold_out(cache, count):
     """Indices of the readable images to train on, and of the `count` to measure on (0: the default): those
-    whose hashed file names come first, so that an image that is lost moves no other."""
+    whose hashed file names come first, so that an image that is lost moves no other. Copies of a picture go
+    with the last of them, which can make it more than `count`. Raises UserError if a part is empty."""
     count = count or default_held_out(len(cache.readable))
-    if not 1 < count < len(cache.readable):
-        raise UserError(f"--held_out {count} of {len(cache.readable)} readable images: at least 2, not all")
-    order = sorted(cache.readable, key=lambda i: digest(cache.items[i][0].name))
+    pictures, names = cache.pictures, [digest(path.name) for path, _ in cache.items]
+    last = dict(sorted((pictures[i], names[i]) for i in cache.readable))  # of equal pictures the last name
+    order = sorted(cache.readable, key=lambda i: (last[pictures[i]], names[i]))
+    while 0 < count < len(order) and pictures[order[count - 1]] == pictures[order[count]]:
+        count += 1
+    if not 1 < count < len(order):
+        raise UserError(f"--held_out {count} of {len(order)} readable images: at least 2, not all")
     return np.sort(order[count:]), np.sort(order[:count])
 
 
@@ -135,14 +148,16 @@ class FeatureCache:
     the data needs no new cache, and other data never meet an old one. With `pixels` it has the decoded
     pictures, too.
 
-    `readable`, `unreadable`: indices of items whose picture can be decoded, or not. `digests`: their hashes.
+    `readable`, `unreadable`: indices of items whose picture can be decoded, or not. `pictures`: hashes of the
+    pictures' bytes; `digests`: of these with the texts.
     `first` [I + 1]: each item's first text. `offsets` [texts + 1]: each text's first token.
     """
 
     def __init__(self, root, items, net, pixels=False):
         self.items, self.net = items, net
-        with ThreadPoolExecutor() as pool:  # the inner hash says where a picture's bytes end
-            self.digests = list(pool.map(lambda item: digest(digest(read_file(item[0])), item[1]), items))
+        with ThreadPoolExecutor() as pool:
+            self.pictures = list(pool.map(lambda item: digest(read_file(item[0])), items))
+        self.digests = [digest(picture, captions) for picture, (_, captions) in zip(self.pictures, items)]
         texts = [text for _, captions in items for text in captions]
         batches = (texts[n:n + 1000] for n in range(0, len(texts), 1000))  # all at once would take GBs
         tokens = [len(ids) for batch in batches for ids in net.text_encoder.tokenize(batch)["input_ids"]]
@@ -170,20 +185,21 @@ class FeatureCache:
 
     def build(self, sizes):
         """Encode all items into files of `sizes` {path: bytes}, which get their names when complete."""
-        chunks = [self.items[n:n + ENCODE_BATCH] for n in range(0, len(self.items), ENCODE_BATCH)]
+        every = range(len(self.items))
+        chunks = [every[n:n + ENCODE_BATCH] for n in every[::ENCODE_BATCH]]
         with ExitStack() as stack:
             files = [stack.enter_context(replacing(path)) for path in sizes]
             pool = stack.enter_context(ThreadPoolExecutor())
             decoded = read_ahead(lambda chunk: list(pool.map(self.decode, chunk)), chunks)
             for chunk, pictures in zip(tqdm(chunks, "encode", unit=f" x {ENCODE_BATCH} images"), decoded):
-                texts = [text for _, captions in chunk for text in captions]
+                texts = [text for i in chunk for text in self.items[i][1]]
                 for file, rows in zip(files, self.encode(pictures, texts)):
                     file.write(rows.numpy().tobytes())
 
-    def decode(self, item):
-        """An item's picture -> uint8 [3, H, W], or None for no image."""
+    def decode(self, i):
+        """The picture of item i -> uint8 [3, H, W], or None for no image."""
         try:
-            return read_image(item[0], self.net.image_encoder)
+            return read_image(self.items[i][0], self.net.image_encoder, self.pictures[i])
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
 
@@ -204,7 +220,9 @@ class FeatureCache:
 
     def map(self, name):
         """A file as an array on the disk, opened each time: what is read of an open one fills memory."""
-        return np.memmap(self.folder / name, np.dtype(name.split(".")[1]), "r", shape=self.shapes[name])
+        with named(self.folder), open(self.folder / name, "rb") as file:  # private: more disks can do that
+            content = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+        return np.frombuffer(content, np.dtype(name.split(".")[1])).reshape(self.shapes[name])
 
     def rows(self, name, index):
         """Rows [*index.shape, ...] of a file."""
@@ -315,7 +333,7 @@ def load_mvsa(folder):
     for post, label in labels.items():
         image = Path(folder) / "data" / f"{post}.jpg"
         text = read_file(image.with_suffix(".txt"))
-        if text is None or not image.is_file():
+        if text is None or not is_file(image):
             skipped["text or image file missing"] += 1
         else:
             posts.append(Post(kind, post, image, decode_text(text), label))
@@ -339,7 +357,7 @@ def load_posts(folder):
     for n, row in rows:  # where a line has fewer fields than the first, the others are None
         name, text, label, part = ((row.get(key) or "").strip() for key in "image text label split".split())
         wrong = {"not as many fields as in the first line": None in row or None in row.values(),
-                 "no label": not label, "no image file": not (path.parent / name).is_file(),
+                 "no label": not label, "no image file": not is_file(path.parent / name),
                  "split is not train, validation or test": "split" in row and part not in PARTS}
         if reasons := [reason for reason, holds in wrong.items() if holds]:
             skipped[reasons[0]] += 1
@@ -395,16 +413,17 @@ def clmlf_split(folder, posts):
     """CLMLF's train.json, dev.json, test.json, in `folder` or below (of several: whose path names the set of
     `posts`) -> indices of each, Counter of what does not match. Raises UserError."""
     folder, kind = Path(folder), posts[0].set
-    homes = [path.parent for path in folder.rglob("train.json")]
+    found = (path.parent for level in range(6) for path in folder.glob("*/" * level + "train.json"))
+    homes = [*{home.resolve(): home for home in found}.values()]  # a folder may be linked, even to itself
     homes = [home for home in homes if kind in str(home.relative_to(folder)).lower()] or homes
     if len(homes) != 1:
         raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind}, found {len(homes)}")
     index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
     for name in ("train.json", "dev.json", "test.json"):
         try:
-            entries = json.loads((homes[0] / name).read_bytes())
+            entries = json.loads(read_file(homes[0] / name))  # TypeError: there is none
             listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{homes[0] / name} is no list of id, emotion_label: {error!r}") from error
         known = [(index[post], label) for post, label in listed if post in index]
         notes["listed, but not among the posts"] += len(listed) - len(known)
@@ -589,7 +608,9 @@ def run_command(command, memory="the load of this machine"):
     except UserError as error:
         text = error
     except OSError as error:
-        text = f"{error.filename or 'a file'} cannot be written or read: {error.strerror or error}"
+        lacks = errno.EINVAL, errno.ENODEV, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # of network disks
+        hint = "; does its disk have file locks, mmap and fsync?" * (error.errno in lacks)
+        text = f"{error.filename or 'a file'} cannot be written or read: {error.strerror or error}{hint}"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
@@ -603,24 +624,40 @@ def locked(folder, wait=False):
     """Make a folder and hold its lock, which any end of the process frees. If taken: wait, or UserError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise UserError(f"another run writes to {folder}: wait, or name another folder") from None
-            print(f"waiting for another process that is writing to {folder}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with named(folder):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise UserError(f"another run writes to {folder}: wait, or name another") from None
+                print(f"waiting for another process that is writing to {folder}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def read_file(path):
-    """The bytes of a file, or None for none, a folder, or a pipe, which would never end. Raises an OSError
-    with its name if it cannot be read."""
+@contextmanager
+def named(path):
+    """A block whose OSErrors have this name if they have none, as those of read, write, flock and mmap."""
     try:
-        return path.read_bytes() if path.is_file() else None
+        yield
     except OSError as error:
-        error.filename = str(path)  # which read() does not say
+        error.filename = error.filename or str(path)
         raise
+
+
+def is_file(path):
+    """Whether a file is there (no folder, or pipe, which would never end). An OSError if the disk fails,
+    where Path.is_file may say no."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def read_file(path):
+    """The bytes of a file, or None if there is none. Raises an OSError with its name if it cannot be read."""
+    with named(path):
+        return path.read_bytes() if is_file(path) else None
 
 
 @contextmanager

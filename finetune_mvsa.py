@@ -11,14 +11,17 @@ on validation. The "F1" of MVSA papers is the weighted one; macro F1 is low if a
 import argparse
 import copy
 import csv
+import io
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # a notebook's is not always there, and figures go to files
 import matplotlib
 import numpy as np
 import torch
@@ -432,7 +435,7 @@ def main(args):
     """The command of the parsed arguments."""
     if args.ablate:
         table = ablation_table(Path(args.ablate))
-        (Path(args.ablate) / "results.md").write_text(table, encoding="utf-8")
+        data.atomic_write(Path(args.ablate) / "results.md", table.encode())
         return print(table)
     if args.split and (args.posts or args.protocol != "standard"):
         raise UserError("--split is for MVSA by the standard protocol")
@@ -457,9 +460,9 @@ def main(args):
         words = Path(args.posts).name, args.protocol.replace("standard", "")
         ending = "".join(f"_{word}" for word in words if word)
         path = Path(args.out) / f"results{ending}.json"
-        path.with_suffix(".md").write_text(table, encoding="utf-8")
-        with open(path.with_name(f"predictions{ending}.csv"), "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(lines)
+        csv.writer(file := io.StringIO(newline="")).writerows(lines)
+        for name, text in ("results{}.md", table), ("predictions{}.csv", file.getvalue()):
+            data.atomic_write(path.with_name(name.format(ending)), text.encode(errors="backslashreplace"))
         figure = Figure((4 * len(results), 3.6), layout="tight")  # the last row's confusion matrices
         for axis, (kind, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
             row, scores = list(result["scores"].items())[-1]

@@ -34,6 +34,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import nn
@@ -434,7 +435,7 @@ class TIJEPA(nn.Module):
         config.text_encoder = text_encoder or config.text_encoder
         net = cls(config)
         if differs := differences(checkpoint["encoders"], net.fingerprint()):
-            advice = "name those with --image_weights and --text_encoder"
+            advice = "name those with --image_weights and --text_encoder; the toy's differ by timm's version"
             raise UserError(f"{path} was trained on other encoders: {differs}; {advice}")
         with checkpoint_errors(path):
             net.load_trained_state(checkpoint["model"])
@@ -481,6 +482,8 @@ class ImageEncoder(nn.Module):
         what = f"--image_encoder {name} cannot be loaded from {weights or 'the hub'}"
         with user_errors(what, "f_I is a ViT with a fixed patch grid, from the hub or --image_weights FILE"):
             if name == "toy":
+                if weights:
+                    raise ValueError("the toy's f_I takes no weights")
                 self.vit = toy_vit()
             else:
                 if pretrained and not weights and name in ON_HUB:
@@ -538,10 +541,19 @@ HUB_NAMES = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "enco
              "intermediate.dense": "mlp.fc1"}
 
 
+def refuse_stand_ins(*paths):
+    """Raises ValueError for what some downloads leave in a file's place."""
+    for path in paths:
+        with open(path, "rb") as file:
+            if re.match(rb"(?i)\s*(<!doctype|<html|version https://git-lfs)", file.read(60)):
+                raise ValueError(f"{path} is a web page or a pointer of git-lfs, not the file itself")
+
+
 def load_weights(vit, path):
     """Put the weights of a file, or of a folder's model.safetensors, into a ViT. Runs no code of the file."""
-    state = timm.models.load_state_dict(str(path / "model.safetensors" if path.is_dir() else path),
-                                        weights_only=True)
+    path = path / "model.safetensors" if path.is_dir() else path
+    refuse_stand_ins(path)
+    state = timm.models.load_state_dict(str(path), weights_only=True)
     if "embeddings.position_embeddings" in state:
         for key in [key for key in state if ".query." in key]:
             parts = [state.pop(key.replace("query", part)) for part in ("query", "key", "value")]
@@ -564,7 +576,14 @@ class TextEncoder(nn.Module):
             if name == "toy":
                 self.tokenizer, self.bert = toy_bert(vocabulary)
             else:
+                refuse_stand_ins(*filter(Path.is_file, Path(name).glob("*")))  # a name on the hub has none
                 self.tokenizer = AutoTokenizer.from_pretrained(name)
+                # Where a folder has no tokenizer, transformers makes one up, of special tokens alone
+                vocabulary = self.tokenizer.get_vocab()
+                made_up = vocabulary.keys() <= {*self.tokenizer.all_special_tokens}
+                words = [] if made_up else self.tokenizer("a red dog", add_special_tokens=False)["input_ids"]
+                if not 2 * words.count(self.tokenizer.unk_token_id) < len(words) < 7:  # 8: letter by letter
+                    raise ValueError("its tokenizer is not there, or knows no English word")
                 options = dict(dtype=torch.float32, output_loading_info=True)  # some are stored in 16 bits
                 self.bert, info = AutoModel.from_pretrained(name, **options)
                 self.bert.pooler = None  # above s_T; where a folder has none it would be random
@@ -572,10 +591,12 @@ class TextEncoder(nn.Module):
                 if missing:
                     raise ValueError(f"it lacks the weights {missing}")
             config = self.bert.config
-            if config.is_encoder_decoder or self.tokenizer.pad_token is None:
-                raise ValueError("it has a decoder, or no padding token")
-            self.dim = config.hidden_size
             limits = self.tokenizer.model_max_length, config.max_position_embeddings
+            if config.is_encoder_decoder or self.tokenizer.pad_token is None or min(limits) < 2:
+                raise ValueError("it has a decoder, no padding token, or no limit of length")
+            if max(self.tokenizer.get_vocab().values()) >= config.vocab_size:
+                raise ValueError("its tokenizer has more tokens than its embedding: it is another encoder's")
+            self.dim = config.hidden_size
             self.max_tokens = min(128, *limits)  # 128: a tweet of 140 characters or a COCO caption fits
         self.bert.requires_grad_(False).eval()
 
@@ -652,7 +673,11 @@ def differences(then, now):
 # ---- Devices and errors ----
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
-OUT_OF_MEMORY = "out of memory|allocate memory"  # torch's own words, on a GPU and on a CPU
+# Of the hub, of its HTTP library (httpx or a successor), of safetensors: not all are OSErrors or ValueErrors
+HTTP = sys.modules[hub_errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]
+LIBRARY_ERRORS = (SafetensorError, HTTP.HTTPError, HTTP.InvalidURL, *(
+    error for error in vars(hub_errors).values() if isinstance(error, type) and issubclass(error, Exception)))
+OUT_OF_MEMORY = "out of memory|allocate memory|start new thread"  # the words of torch and of Python
 
 
 def pick_device(name="auto"):
@@ -691,8 +716,13 @@ def user_errors(what, advice):
     try:
         yield
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-            AssertionError, pickle.UnpicklingError, SafetensorError) as error:
+            AssertionError, ImportError, pickle.UnpicklingError, *LIBRARY_ERRORS) as error:
         if re.search(OUT_OF_MEMORY, str(error)):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason, cause = f"{type(error).__name__}: {error}", error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        reason = " ".join((reason if str(cause) in reason else f"{reason} ({cause})").split())[:600]
+        if "weights_only" in reason:  # the advice of torch and timm is to run the file's code
+            reason = "it is no file of weights, or one that runs code"
         raise UserError(f"{what}: {reason}; {advice}") from error

@@ -49,6 +49,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # a notebook's is not always there, and figures go to files
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -180,7 +181,7 @@ def main(args):
     # -- the state of the run: from the start, or from its checkpoint
     first_step, log, start_share = 0, [], 1.0  # start_share: how much of its random start is left in X~
     running = torch.zeros(2)  # loss since the last log line, skipped steps so far
-    if args.resume and path.exists():
+    if args.resume and data.is_file(path):
         with model.checkpoint_errors(path):
             saved = model.read_checkpoint(path)
             if differs := model.differences(saved["identity"], constant["identity"]):

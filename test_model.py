@@ -25,6 +25,7 @@ from unittest.mock import Mock
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 os.environ.update(HF_HOME=tempfile.mkdtemp(), TORCH_HOME=tempfile.mkdtemp())
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -297,10 +298,25 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path):
     del vit["blocks.1.attn.proj.weight"]
     torch.save(vit, tmp_path / "weights")
 
-    def load_text_encoder(**edit):
+    def load_text_encoder(words=WORDS, **edit):
         save_text_encoder(tmp_path, **edit)
+        if words != WORDS:
+            model.toy_bert(words)[0].save_pretrained(tmp_path)
         model.TextEncoder(str(tmp_path))
 
+    def load_untokenized(family):
+        config = AutoConfig.for_model(family, vocab_size=99, hidden_size=32, num_hidden_layers=1,
+                                      num_attention_heads=2, intermediate_size=32)
+        AutoModel.from_config(config).save_pretrained(tmp_path / family)
+        model.TextEncoder(str(tmp_path / family))
+
+    def load_stand_in(content, name="weights"):
+        path = tmp_path / "stand_in" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        model.TextEncoder(str(path.parent)) if name != "weights" else model.ImageEncoder("test_vit", path)
+
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     for attempt, words in (
             (lambda: net.encode(IMAGES, "red"), "with 'red': .* with a list of B strings"),
             (lambda: net.frozen_features(IMAGES / 255, TEXTS), r"torch.float32 with .* of torch.uint8"),
@@ -309,9 +325,32 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path):
             (lambda: model.ImageEncoder("test_resnet", pretrained=False), "num_prefix_tokens.*fixed patch"),
             (lambda: model.TIJEPA(replace(CONFIG, mask="before"), (Mock(grid=(6, 6)), None)), "a plain ViT"),
             (lambda: load_text_encoder(num_hidden_layers=3), "lacks the weights .*encoder.layer.2"),
-            (lambda: load_text_encoder(file="tokenizer_config.json", pad_token=None), "no padding token")):
+            (lambda: load_text_encoder(file="tokenizer_config.json", pad_token=None), "no padding token"),
+            *((lambda f=family: load_untokenized(f), "tokenizer") for family in UNTOKENIZED),
+            (lambda: load_text_encoder([*WORDS, "more"]), "more tokens than its embedding"),
+            (lambda: load_text_encoder(WORDS[3:]), "knows no English word"),
+            (lambda: load_stand_in(pointer), "stand_in/weights is a web page or a pointer of git-lfs"),
+            (lambda: load_stand_in(b"\n<!DOCTYPE html><p>Sign in"), "stand_in/weights is a web page"),
+            (lambda: load_stand_in(b"not a pickle"), "it is no file of weights, or one that runs code; f_I"),
+            (lambda: load_stand_in(pointer, "vocab.txt"), "vocab.txt is a web page or a pointer of git-lfs"),
+            (lambda: model.ImageEncoder("toy", f"{tmp_path}/weights"), "toy's f_I takes no weights")):
         with pytest.raises(UserError, match=words):
             attempt()
+
+
+UNTOKENIZED = "bert", "roberta", "distilbert", "mpnet", "xlm-roberta", "electra"
+
+
+@pytest.mark.parametrize("error", [
+    model.HTTP.InvalidURL("Invalid port"), model.HTTP.HTTPError("403 Forbidden"), ImportError("no socksio"),
+    huggingface_hub.errors.StrictDataclassError("hidden_size is text"), OSError("no config.json")])
+def test_an_error_of_the_hub_is_a_sentence_with_its_cause(monkeypatch, error):
+    error.__cause__ = ValueError("the cause")
+    monkeypatch.setattr(model, "hf_hub_download", Mock(side_effect=error))
+    monkeypatch.setattr(model.AutoTokenizer, "from_pretrained", Mock(side_effect=error))
+    for load, name in ((model.ImageEncoder, model.JEPA_14), (model.TextEncoder, "a/b")):
+        with pytest.raises(UserError, match=f"{name} cannot be loaded.*: {error} .the cause.; f_"):
+            load(name)
 
 
 @pytest.mark.parametrize("name, prefix, kind", [
@@ -561,7 +600,7 @@ def test_epoch_order_has_every_image_once_with_one_of_its_captions():
 
 
 def test_hold_out_trains_on_no_held_out_image_and_a_lost_image_moves_no_other():
-    cache = SimpleNamespace(items=[(Path(f"{i:012d}.jpg"), []) for i in range(100)])
+    cache = SimpleNamespace(items=[(Path(f"{i:012d}.jpg"), []) for i in range(100)], pictures=[*range(100)])
 
     def hold_out(lost=None, count=40):
         cache.readable = np.array([i for i in range(100) if i != lost])
@@ -573,6 +612,19 @@ def test_hold_out_trains_on_no_held_out_image_and_a_lost_image_moves_no_other():
     assert held != set(range(40)) and all(held - {lost} <= hold_out(lost) for lost in range(0, 100, 7))
     cache.items.reverse()
     assert {99 - i for i in hold_out()} == held and hold_out(count=0)
+
+
+def test_hold_out_does_not_divide_copies_of_a_picture():
+    items = [(Path(f"{i:012d}.jpg"), []) for i in range(100)]
+    cache = SimpleNamespace(items=items, readable=np.arange(100), pictures=[i // 2 for i in range(100)])
+    for count in range(2, 60):
+        train, held = ({cache.pictures[i] for i in part} for part in data.hold_out(cache, count))
+        assert not train & held and 2 * len(held) in (count, count + 1)
+    cache.pictures = [max(0, i - 30) for i in range(100)]  # 31 copies: not among the first
+    assert len(data.hold_out(cache, 0)[1]) == 10
+    cache.pictures = [0] * 100
+    with pytest.raises(UserError, match="--held_out 100 of 100"):
+        data.hold_out(cache, 0)
 
 
 # ---- data.py: the feature cache ----
@@ -639,12 +691,33 @@ def test_a_cache_of_a_wrong_size_is_encoded_anew_to_the_same_bytes(encoded, tmp_
 
 def test_a_disk_that_fails_makes_no_picture_unreadable(encoded, tmp_path, monkeypatch, capsys):
     picture, read = encoded.items[40][0], Path.read_bytes
-    for before in (0, 1):  # when the picture is hashed, and when it is decoded
-        disk = Mock(side_effect=[read(picture)] * before + [OSError(errno.EIO, "bad sector")])
+    decode, bad = Image.Image.convert, OSError(errno.EIO, "bad sector")
+    good, gone = read(picture), FileNotFoundError(errno.ENOENT, "gone")
+    for disk, says in (([bad], "bad sector"), ([good, bad], "bad sector"),  # as it is hashed, or decoded
+                       ([good, b"other"], "it changed while it was read"), ([good, gone], "gone")):
+        disk = Mock(side_effect=disk)
         monkeypatch.setattr(Path, "read_bytes", lambda path: disk() if path == picture else read(path))
         assert data.run_command(lambda: data.FeatureCache(tmp_path, encoded.items, encoded.net)) == 2
-        assert f"error: {picture} cannot be written or read: bad sector" in capsys.readouterr().err
+        assert f"error: {picture} cannot be written or read: {says}" in capsys.readouterr().err
         assert set(tree(tmp_path / encoded.name)) <= {".lock"}
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(Image.Image, "convert", Mock(side_effect=OSError(errno.ENOMEM, "no memory")))
+    assert data.run_command(lambda: data.FeatureCache(tmp_path, encoded.items, encoded.net)) == 2
+    assert re.search(r"error: .*\.jpg cannot be written or read: no memory", capsys.readouterr().err)
+    monkeypatch.setattr(Image.Image, "convert", decode)
+    assert len(data.FeatureCache(tmp_path, encoded.items, encoded.net).unreadable) == 1
+    monkeypatch.setattr(Path, "stat", Mock(side_effect=PermissionError(errno.EACCES, "no")))
+    for read in (data.read_file, data.is_file):  # what the disk does not tell is not "no file"
+        with pytest.raises(PermissionError):
+            read(picture)
+
+
+@pytest.mark.parametrize("lacks", ["fcntl.flock", "mmap.mmap", "os.fsync"])
+def test_a_disk_without_locks_mmap_or_fsync_is_named(encoded, tmp_path, monkeypatch, capsys, lacks):
+    monkeypatch.setattr(lacks, Mock(side_effect=OSError(errno.ENOSYS, "no such function")))
+    assert data.run_command(lambda: data.FeatureCache(tmp_path, encoded.items, encoded.net)) == 2
+    said = capsys.readouterr().err
+    assert f"error: {tmp_path}/" in said and "no such function; does its disk have file locks, mmap" in said
 
 
 def test_a_killed_cache_is_encoded_anew_once_to_the_same_bytes(encoded, tmp_path, monkeypatch, capfd):
@@ -1322,7 +1395,7 @@ def test_fit_probe_takes_the_c_of_the_best_validation_accuracy():
     _, choice = finetune_mvsa.fit_probe(x, y, train, validation)
     assert choice == {"C": 1e-2, "validation": right[1].mean(), "loss": pytest.approx(loss[1])}
     assert finetune_mvsa.fit_probe(x, y, train, validation[right.all(0)])[1]["C"] == 1e-3  # of equals
-    with pytest.raises(UserError, match="all training posts are positive: a probe needs two labels"):
+    with pytest.raises(UserError, match="all training posts have the same label"):
         finetune_mvsa.fit_probe(x, y * 0, train, validation)
 
 
@@ -1441,9 +1514,9 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, protocol):
     for one, other in pairs:  # pictures that are there twice
         shutil.copy(one.image, other.image)
     options = ["--mvsa", mvsa, "--out", tmp_path, "--protocol", protocol, "--mode", *mode]
-    done = judge_mvsa(pretrained.out, *options, "--image_weights", "a", "--text_encoder", "toy")
+    done = judge_mvsa(pretrained.out, *options, "--text_encoder", "toy")
     results, lines, table = recompute(tmp_path, ending)
-    assert results["model"]["image_weights"] == "a" and table in done.out and "not the paper's" in table
+    assert results["model"]["text_encoder"] == "toy" and table in done.out and "not the paper's" in table
     assert re.findall("measured here (.*) –", table) == ["| 76.75 | 74.62 |", "| 77.55 | 75.02 |"]
     for (kind, result), count in zip(results["sets"].items(), (60, 120), strict=True):
         posts, skipped = data.load_mvsa(data.find_mvsa(mvsa)[kind])
@@ -1584,7 +1657,8 @@ def test_the_readmes_code_runs_and_encodes_by_the_target_encoder(pretrained, toy
 
 
 def make(words):
-    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}  # of make test
+    others = "COCO", "MVSA", "MAKE"  # of the user, of make test
+    env = {key: value for key, value in os.environ.items() if not key.startswith(others)}
     return execute("make", *shlex.split(words), cwd=HERE, env=env)
 
 
@@ -1637,9 +1711,10 @@ def test_make_passes_each_variable_on_to_the_commands_that_it_is_for(words):
 
 def test_make_says_what_it_would_run_or_lacks_and_evaluates_a_checkpoint_once(tmp_path):
     for words, says in (
-            ("check-preset DEVICE=cpu COCO=/no", "toy, data data/toy/coco and data/toy/mvsa, device cpu. To"),
-            ("check-preset COCO=/ MVSA=/", "preset small"), ("check-preset COCO=/ MVSA=/no", "preset toy"),
+            ("check-preset DEVICE=cpu", "toy, data data/toy/coco and data/toy/mvsa, device cpu. To"),
+            ("check-preset COCO=/ MVSA=/", "preset small"), ("check-preset MVSA=/no", "preset small"),
             ("-n pretrain COCO=/ MVSA=/no VENV=", "--preset small"),
+            ("-n pretrain 'COCO=~/a b' VENV=", f'--coco "{Path.home()}/a b"'),
             ("-n coco VENV=", "--images 10000\n"), ("-n coco VENV= IMAGES=all", "--images 0\n"),
             ("-n reproduce VENV= PRESET=toy",
              '[ "out/toy/eval.json" -nt "out/toy/checkpoint.pt" ] || "python3" pretrain.py')):
@@ -1656,6 +1731,7 @@ BAD = {  # a command: words of the message
     "{train} --sigreg 1": "--sigreg needs the whole batch --accumulate 1",
     "{train} --accumulate 3": "--batch_size 16 --accumulate x processes",
     "{train} --held_out 1": "--held_out 1 at least 2",
+    "{train} --image_weights none": "--image_encoder toy cannot be loaded from none: takes no weights",
     "{train} --bench --max_images 1": "--bench more images than --held_out",
     "{train} --captions red --eval out": "--image and --captions go together",
     "{judge} --device gpu": "--device gpu --device auto",
