@@ -623,15 +623,14 @@ def run_command(command, memory="the load of this machine"):
 def locked(folder, wait=False):
     """Make a folder and hold its lock, which any end of the process frees. If taken: wait, or UserError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "a") as lock:
-        with named(folder):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise UserError(f"another run writes to {folder}: wait, or name another") from None
-                print(f"waiting for another process that is writing to {folder}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    with named(folder), open(Path(folder) / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise UserError(f"another run writes to {folder}: wait, or name another folder") from None
+            print(f"waiting for another process that is writing to {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -648,10 +647,8 @@ def named(path):
 def is_file(path):
     """Whether a file is there (no folder, or pipe, which would never end). An OSError if the disk fails,
     where Path.is_file may say no."""
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError):
         return stat.S_ISREG(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def read_file(path):
@@ -666,14 +663,13 @@ def replacing(path):
     part = path.with_name(path.name + ".tmp")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(part, "wb") as file:
+        with named(path), open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except OSError:
         part.unlink(missing_ok=True)  # it would be in the way on a full disk
-        error.filename = error.filename or str(path)  # which write() does not say
         raise
 
 

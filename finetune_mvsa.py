@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -471,14 +470,12 @@ def main(args):
             axis.set_title(NAMES.get(kind) or Path(args.posts).name)
         figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)
         figure.savefig(path.with_name(f"confusion{ending}.png"), dpi=100)
-        git = f"git -C '{Path(__file__).parent}' describe --always --exclude='*' --abbrev=40 --dirty=+"
-        code = subprocess.getoutput(f"{git} 2>/dev/null || echo none")  # +: changed since that commit
         tools = ("torch", "timm", "transformers", "sklearn", "numpy")
         versions = {name: sys.modules[name].__version__ for name in tools}
         data.write_json(path, {  # the last file: when it is there, all are
             "sets": results, "args": vars(args), "seeds": args.seeds, "model": vars(net.config),
             "step": checkpoint["step"], "start_share": checkpoint["start_share"], "device": str(device),
-            "dtype": str(net.dtype), "code": code,
+            "dtype": str(net.dtype),
             "versions": {"python": sys.version.split()[0], **versions}})
     print(f"\n{table}\nfinetune_mvsa: wrote {path.with_suffix('.md')} and the files beside it")
 

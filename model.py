@@ -394,13 +394,6 @@ class TIJEPA(nn.Module):
         torch._foreach_mul_(xi, momentum)
         torch._foreach_add_(xi, list(self.context_encoder.parameters()), alpha=1 - momentum)
 
-    def train(self, mode=True):
-        """As nn.Module.train, but what is not trained stays in eval mode."""
-        super().train(mode)
-        for frozen in (self.image_encoder, self.text_encoder, self.target_encoder):
-            frozen.eval()
-        return self
-
     def place(self, device, precision):
         """To a device, with "auto" or a dtype's name for its forward passes -> self."""
         self.dtype = pick_dtype(precision, device)
@@ -517,7 +510,7 @@ class ImageEncoder(nn.Module):
     def forward(self, images, index=None):
         """images [B, 3, H, W] uint8 -> patch tokens [B, N, D_I]; of the patches index [B or 1, K] alone, as
         if there were no others: [B, K, D_I] (as I-JEPA's VisionTransformer.forward with masks)."""
-        vit, pixels = self.vit, (images / 255 - self.mean) / self.std
+        vit, pixels = self.vit.eval(), (images / 255 - self.mean) / self.std  # eval: after net.train(), too
         if index is None:
             return vit.forward_features(pixels)[:, self.prefix:]
         prefix, patches = vit._pos_embed(vit.patch_embed(pixels)).tensor_split([self.prefix], dim=1)
@@ -579,9 +572,8 @@ class TextEncoder(nn.Module):
                 refuse_stand_ins(*filter(Path.is_file, Path(name).glob("*")))  # a name on the hub has none
                 self.tokenizer = AutoTokenizer.from_pretrained(name)
                 # Where a folder has no tokenizer, transformers makes one up, of special tokens alone
-                vocabulary = self.tokenizer.get_vocab()
-                made_up = vocabulary.keys() <= {*self.tokenizer.all_special_tokens}
-                words = [] if made_up else self.tokenizer("a red dog", add_special_tokens=False)["input_ids"]
+                known = self.tokenizer.get_vocab().keys() - self.tokenizer.all_special_tokens
+                words = self.tokenizer("a red dog", add_special_tokens=False)["input_ids"] if known else []
                 if not 2 * words.count(self.tokenizer.unk_token_id) < len(words) < 7:  # 8: letter by letter
                     raise ValueError("its tokenizer is not there, or knows no English word")
                 options = dict(dtype=torch.float32, output_loading_info=True)  # some are stored in 16 bits
@@ -623,7 +615,7 @@ class TextEncoder(nn.Module):
     def forward(self, texts):
         """B strings -> token states [B, L, D_T] and text_mask [B, L]"""
         batch = self.tokenize(texts, padding=True, return_tensors="pt").to(self.bert.device)
-        return self.bert(**batch).last_hidden_state, batch["attention_mask"].bool()
+        return self.bert.eval()(**batch).last_hidden_state, batch["attention_mask"].bool()
 
 
 def toy_bert(vocabulary):
@@ -675,8 +667,7 @@ def differences(then, now):
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
 # Of the hub, of its HTTP library (httpx or a successor), of safetensors: not all are OSErrors or ValueErrors
 HTTP = sys.modules[hub_errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]
-LIBRARY_ERRORS = (SafetensorError, HTTP.HTTPError, HTTP.InvalidURL, *(
-    error for error in vars(hub_errors).values() if isinstance(error, type) and issubclass(error, Exception)))
+LIBRARY_ERRORS = SafetensorError, HTTP.HTTPError, HTTP.InvalidURL, hub_errors.StrictDataclassError
 OUT_OF_MEMORY = "out of memory|allocate memory|start new thread"  # the words of torch and of Python
 
 
@@ -719,10 +710,8 @@ def user_errors(what, advice):
             AssertionError, ImportError, pickle.UnpicklingError, *LIBRARY_ERRORS) as error:
         if re.search(OUT_OF_MEMORY, str(error)):
             raise
-        reason, cause = f"{type(error).__name__}: {error}", error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        reason = " ".join((reason if str(cause) in reason else f"{reason} ({cause})").split())[:600]
+        cause = f"({error.__cause__ or error.__context__ or ''})".replace("()", "")
+        reason = " ".join(f"{type(error).__name__}: {error} {cause}".split())[:600]
         if "weights_only" in reason:  # the advice of torch and timm is to run the file's code
             reason = "it is no file of weights, or one that runs code"
         raise UserError(f"{what}: {reason}; {advice}") from error

@@ -594,7 +594,8 @@ def bench(args, rounds=50, limit=20):
            for name, peak in PEAK_TFLOPS.items() if name in card},
         "trained weights, million": sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6,
         "peak memory, GB": memory / 1e9,
-        "disk for the features, GB": 2e-9 * pairs * (N * f_I.dim + 5 * TOKENS * f_T.dim),
+        "disk for the features, GB": 1e-9 * pairs * (2 * N * f_I.dim + 2 * 5 * TOKENS * f_T.dim
+                                                     + (args.mask == "before") * images[0].numel()),
         f"minutes to encode {pairs} pictures": pairs * image / 60,
         f"minutes to pretrain, {steps} steps": steps * step / 60}
     for what, value in report.items():
