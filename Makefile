@@ -53,6 +53,7 @@ pretrain: check-preset packages ## pretrain and measure the energies, without MV
 	@$(TRAIN) --preset $(PRESET) --coco "$(RUN_COCO)" --out "$(OUT)"
 	@$(EVAL) "$(OUT)/checkpoint.pt" --coco "$(RUN_COCO)"
 
+judge: PROTOCOLS := standard
 judge: packages ## judge a checkpoint on other labelled posts, FOLDER/posts.csv, CHECKPOINT=FILE POSTS=FOLDER
 	@$(foreach protocol,$(PROTOCOLS),$(JUDGE) --checkpoint "$(CHECKPOINT)" --posts "$(POSTS)" --protocol $(protocol) \
 		$(call options_of,$(protocol)) &&) true

@@ -1349,6 +1349,17 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(pretrained, cut_
     assert {**tree(out), "log.jsonl": ""} == {**tree(cut_off), "log.jsonl": ""}
 
 
+def test_the_terminal_shows_the_log_in_columns_and_the_minutes_left(pretrained):
+    said = [line.split() for line in pretrained.done.out.splitlines() if len(line) <= 80]
+    header = "loss energy_matched energy_mismatched pair_accuracy".split()
+    assert said.count([*header, "min", "left"]) == 1
+    for line in map(json.loads, (pretrained.out / "log.jsonl").read_text().splitlines()):
+        [shown] = [words for words in said if words[:2] == ["step", str(line["step"])]]
+        assert shown[2:6] == [f"{line[name]:.3f}" for name in header]
+        left = (4 - line["step"]) * 16 / line["images_per_s"] / 60  # of 4 steps of 16 images
+        assert float(shown[6]) == pytest.approx(left, abs=0.051)
+
+
 def test_too_little_memory_names_what_to_lower_and_other_errors_are_raised(pretrained, tmp_path, monkeypatch):
     judge = "--eval", pretrained.checkpoint, "--device", "cpu", "--out", tmp_path, "--cache", tmp_path
     monkeypatch.setattr(model.TIJEPA, "forward", lambda *inputs: torch.ones(2) @ torch.ones(3))
@@ -1734,6 +1745,8 @@ MAKE = {  # what is asked of make: the commands that it would run
         python3 pretrain.py {BOTH} --coco data/toy/coco --eval /o/checkpoint.pt
         {JUDGE} --split /s && {JUDGE} --protocol grouped --mode probe
         {JUDGE} --protocol authors --mode probe""",
+    "judge CHECKPOINT=/o/c.pt POSTS=/p DEVICE=cpu": f"""
+        python3 finetune_mvsa.py {TOY} --checkpoint /o/c.pt --posts /p --protocol standard""",
     "bench PRESET=tiny DEVICE=cpu DTYPE=float32 IMAGES=70":
         "python3 pretrain.py --bench --preset tiny --device cpu --dtype float32 --max_images 70",
     # -B: as if no run were there. What is not the same for all is not taken over
