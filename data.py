@@ -684,6 +684,12 @@ def write_json(path, content):
     atomic_write(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
+def save_figure(figure, path):
+    """A Matplotlib figure as PNG, atomically."""
+    figure.savefig(file := BytesIO(), dpi=100)
+    atomic_write(path, file.getbuffer())
+
+
 def digest(*contents):
     """A hash of bytes and of what JSON can hold, as 32 hexadecimal digits."""
     parts = [content if isinstance(content, bytes) else json.dumps(content).encode() for content in contents]

@@ -469,7 +469,7 @@ def main(args):
             matrix.plot(ax=axis, cmap="Blues", colorbar=False)
             axis.set_title(NAMES.get(kind) or Path(args.posts).name)
         figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)
-        figure.savefig(path.with_name(f"confusion{ending}.png"), dpi=100)
+        data.save_figure(figure, path.with_name(f"confusion{ending}.png"))
         tools = ("torch", "timm", "transformers", "sklearn", "numpy")
         versions = {name: sys.modules[name].__version__ for name in tools}
         data.write_json(path, {  # the last file: when it is there, all are

@@ -615,7 +615,7 @@ def plot_curves(log, path):
             axis.plot([line["step"] for line in log], [line[name] for line in log], marker=".", label=name)
         axis.set(xlabel="optimiser step", title=title)
         axis.legend()
-    figure.savefig(path, dpi=100)
+    data.save_figure(figure, path)
 
 
 def plot_energies(energies, title, path):
@@ -627,7 +627,7 @@ def plot_energies(energies, title, path):
               label=("matched", "mismatched"))
     axis.set(xlabel="energy", ylabel="density of pairs", title=title)
     axis.legend()
-    figure.savefig(path, dpi=100)
+    data.save_figure(figure, path)
 
 
 def show(axis, pixels, title, grid, **scale):
@@ -651,7 +651,7 @@ def plot_masks(pictures, captions, net, path):
             show(axis, pixels, title, net.grid)
             blocks = np.bincount(index.flatten(), minlength=math.prod(net.grid)).reshape(net.grid)
             axis.imshow(blocks, "gray", alpha=0.75, extent=(0, net.grid[1], net.grid[0], 0))
-    figure.savefig(path, dpi=100)
+    data.save_figure(figure, path)
 
 
 def plot_maps(net, pictures, features, captions, titles, path):
@@ -668,7 +668,7 @@ def plot_maps(net, pictures, features, captions, titles, path):
         most = abs(gap).max()
         show(axes[3], gap, "second minus first", net.grid, cmap="coolwarm", vmin=-most, vmax=most)
     figure.suptitle("energy of each patch, given the caption above it")
-    figure.savefig(path, dpi=100)
+    data.save_figure(figure, path)
 
 
 def run(argv=None):

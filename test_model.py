@@ -24,6 +24,7 @@ from unittest.mock import Mock
 # Before the imports. One thread: two on two busy cores are many times slower, and a fork of threads may hang.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 os.environ.update(HF_HOME=tempfile.mkdtemp(), TORCH_HOME=tempfile.mkdtemp())
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as in a notebook
 
 import huggingface_hub
 import numpy as np
@@ -1680,6 +1681,17 @@ def test_predictions_are_reused_for_the_same_run(judged_once, tmp_path, monkeypa
     if again != [0, 1]:
         judge_mvsa(judged, "--split", judged / "single", "--out", judged / "fresh", *options.split())
         assert recompute(judged / "out")[1] == recompute(judged / "fresh")[1]
+
+
+def test_results_are_written_whole_or_not_at_all_in_a_folder_of_any_name(judged_once, tmp_path, monkeypatch):
+    judged = shutil.copytree(judged_once, tmp_path / os.fsdecode(b"caf\xe9"))
+    (judged / "out" / "results.md").unlink()
+    judge_mvsa(judged, "--split", judged / "single")
+    assert "caf\\udce9/checkpoint.pt" in (judged / "out" / "results.md").read_text()
+    before = tree(judged / "out")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    judge_mvsa(judged, "--split", judged / "single", "--seeds", 0, code=2)
+    assert tree(judged / "out") == before
 
 
 def test_ablation_table_is_made_from_the_files_of_the_runs(tmp_path):
