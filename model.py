@@ -186,7 +186,7 @@ class Predictor(nn.Module):
 
 # ---- Masks ----
 class Masks(NamedTuple):
-    """Patch indices in raster order. Context and target blocks never overlap. B is 1 if all images share it."""
+    """Patch indices in raster order. Context and target blocks never overlap. B is 1: shared by all images."""
     context: torch.Tensor  # [B, C]
     target: torch.Tensor  # [B, M, P]
 
