@@ -186,7 +186,7 @@ class Predictor(nn.Module):
 
 # ---- Masks ----
 class Masks(NamedTuple):
-    """Patch indices in raster order. Context and target blocks never overlap. B is 1: shared by all images."""
+    """Patch indices in raster order. Context and targets never overlap. B is 1: shared by all images."""
     context: torch.Tensor  # [B, C]
     target: torch.Tensor  # [B, M, P]
 
@@ -437,7 +437,7 @@ class TIJEPA(nn.Module):
 
 # ---- A regulariser, and measures of collapse ----
 def sigreg_term(context, seed, step, directions=256, knots=17):
-    """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far its projections
+    """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
     on random directions (new at each step) are from a standard normal, by Epps and Pulley: B times
     the integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2); phi is the empirical characteristic function."""
     z = context.float().mean(1)  # [B, D]
