@@ -240,7 +240,7 @@ class FeatureCache:
         return Features(self.rows("image.float16", images), s_text, torch.from_numpy(mask), pixels)
 
     def batches(self, draws):
-        """For each draw (see `read`) its Features, on the device, in its dtype; the padding of s_text is 0."""
+        """For each draw (see `read`) its Features, on the device, in its dtype; padding of s_text is 0."""
         device, dtype = self.net.device, self.net.dtype
         for features in read_ahead(self.read, draws):
             s_image, s_text, mask, pixels = (None if tensor is None else tensor.to(device, non_blocking=True)
