@@ -110,7 +110,7 @@ def parse_args(argv=None):
     add("--accumulate", **number(int, 1), default=1, help="micro-batches of each process: less memory")
     add("--lr", **number(float, 1e-12), default=1e-3, help="learning rate after the warm-up")
     add("--momentum", **number(float, 0, 1), default=0.996, help="EMA momentum at the first step")
-    add("--final_momentum", **number(float, 0, 1), default=1.0, help="... at the last step (both 0: X~ is X)")
+    add("--final_momentum", **number(float, 0, 1), default=1.0, help="at the last step (both 0: X~ is X)")
     add("--clip", **number(float, 1e-12), default=1.0, help="largest gradient norm")
     add("--seed", **number(int, 0, 2 ** 31 - 1), default=0, help="of weights, order, captions and masks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -501,7 +501,7 @@ def split_batch(args, rank, world_size):
     micro, remainder = divmod(args.batch_size, args.accumulate * world_size)
     if remainder:
         raise UserError(f"--batch_size {args.batch_size} is no multiple of --accumulate x processes")
-    if args.sigreg and micro < args.batch_size:  # its term needs all pairs
+    if args.sigreg and micro < args.batch_size:  # each would see a part
         raise UserError("--sigreg needs the whole batch: one process and --accumulate 1")
     first = rank * args.accumulate
     return [slice(n * micro, (n + 1) * micro) for n in range(first, first + args.accumulate)]
