@@ -110,7 +110,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x, text=None, text_mask=None, last=0):
-        """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D]; with `last`: [B, last, D]"""
+        """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D]; with `last`, the last [B, last, D]"""
         h = self.norm_attention(x)  # below, last=0 takes all: x[:, -0:] is x[:, 0:]
         x = x[:, -last:] + self.attention(h[:, -last:], h if text is None else text, text_mask)
         return x + self.mlp(self.norm_mlp(x))

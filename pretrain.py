@@ -16,7 +16,7 @@ a line each --log_every steps, printed at once, written with checkpoints. Its co
     skipped_steps      steps that the GradScaler skipped because gradients overflowed float16
     images_per_s, data_wait   speed, and share of time spent waiting for features
 
-and of the held-out images, with the same masks each time (these are the evidence):
+and on the held-out images, with the same masks each time (these are the evidence):
 
     energy_matched     mean energy of the images with their own captions
     energy_mismatched  the same with the caption of another image; the gap is what the caption brings
@@ -27,8 +27,8 @@ and of the held-out images, with the same masks each time (these are the evidenc
     target_rank        effective rank of the images' mean targets: near 1 is dimensional collapse
 
 With --target image or whitened, targets are fixed: a collapse shows in prediction_std and in the gap. --eval
-writes energies.png, masks.png, maps.png (which patches the caption decides) and eval.json. It pairs every
-held-out image with every held-out caption, over several masks (figures not named here are as in the log):
+writes energies.png, masks.png, maps.png (which patches the caption decides) and eval.json, which pairs every
+held-out image with every held-out caption, over several masks. Figures not named here are as in the log:
 
     auc                chance that an image's own caption has a lower energy than another's, over all others
     recall@1, @5       share of images whose own caption has the lowest energy, or one of the five lowest
