@@ -53,9 +53,9 @@ NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Lookup
 
 # ---- COCO: pictures, captions, the order of an epoch, the held-out images ----
 def read_image(path, encoder, expected=""):
-    """Path -> pixels uint8 [3, H, W], upright, squashed (as the authors do) to the size that f_I `encoder`
-    takes: captions are about the edges, too. Raises UserError for what Pillow cannot decode, OSError if the
-    bytes have another digest than `expected`."""
+    """Path -> pixels uint8 [3, H, W], upright, squashed (as the authors do) to f_I's input size. A crop
+    would lose the edges, and captions are about them, too. Raises UserError for what Pillow cannot decode,
+    OSError if the bytes have another digest than `expected`."""
     (height, width), method = encoder.input_size, Image.Resampling[encoder.interpolation.upper()]
     content = read_file(Path(path))
     if expected and digest(content) != expected:
@@ -92,8 +92,8 @@ def parse_captions(content, name):
 
 
 def load_coco(root, limit=0):
-    """COCO 2017 below `root` -> items [(path, captions)] by image id, the first `limit` of them (0: all), and
-    a Counter of what was skipped. Raises UserError if there is no item."""
+    """COCO 2017 below `root` -> items [(path, captions)] in order of image id, Counter of what was skipped.
+    Returns the first `limit` items (0: all). Raises UserError if there is none."""
     folder, annotations = Path(root) / "train2017", Path(root) / CAPTIONS
     content = read_file(annotations)
     if content is None or not folder.is_dir():
@@ -118,14 +118,14 @@ def epoch_order(cache, train, seed, epoch):
 
 
 def default_held_out(images):
-    """How many of so many images to measure on: a tenth, at most 100."""
+    """How many of these images to hold out: a tenth, from 2 to 100."""
     return min(100, max(2, images // 10))
 
 
 def hold_out(cache, count):
-    """Indices of the readable images to train on, and of the `count` to measure on (0: the default): those
-    whose hashed file names come first, so that an image that is lost moves no other. Copies of a picture go
-    with the last of them, which can make it more than `count`. Raises UserError if a part is empty."""
+    """Indices of the readable images to train on, and of the `count` to measure on (0: the default):
+    the first by hash of the file name, so a lost image moves no other. Copies of a picture go with the last
+    of them; this can hold out more than `count`. Raises UserError unless it is at least 2, and not all."""
     count = count or default_held_out(len(cache.readable))
     pictures, names = cache.pictures, [digest(path.name) for path, _ in cache.items]
     last = dict(sorted((pictures[i], names[i]) for i in cache.readable))  # of equal pictures the last name
@@ -143,13 +143,13 @@ ENCODE_BATCH = 32  # images, or texts, in one pass of f_I or f_T
 
 
 class FeatureCache:
-    """The float16 features of `items` (path, texts), in a folder below `root`; encoded if they are not there.
-    The folder is named by a hash of encoders, precision, pictures and texts, read at each start: a copy of
-    the data needs no new cache, and other data never meet an old one. With `pixels` it has the decoded
-    pictures, too.
+    """The float16 features of `items` (path, texts), in a folder below `root`. Encodes them if not there.
+    The folder's name is a hash of encoders, precision, pictures and texts, all read at each start. So a copy
+    of the data needs no new cache, and other data never use an old one. With `pixels` the folder also has
+    the decoded pictures.
 
-    `readable`, `unreadable`: indices of items whose picture can be decoded, or not. `pictures`: hashes of the
-    pictures' bytes; `digests`: of these with the texts.
+    `readable`, `unreadable`: indices of items whose picture can, or cannot, be decoded.
+    `pictures`: hashes of the pictures' bytes. `digests`: hashes of picture and texts.
     `first` [I + 1]: each item's first text. `offsets` [texts + 1]: each text's first token.
     """
 
@@ -184,7 +184,7 @@ class FeatureCache:
               f"{len(texts)} texts{note}")
 
     def build(self, sizes):
-        """Encode all items into files of `sizes` {path: bytes}, which get their names when complete."""
+        """Encode all items into the files of `sizes` {path: bytes}. A file gets its name when complete."""
         every = range(len(self.items))
         chunks = [every[n:n + ENCODE_BATCH] for n in every[::ENCODE_BATCH]]
         with ExitStack() as stack:
@@ -197,15 +197,15 @@ class FeatureCache:
                     file.write(rows.numpy().tobytes())
 
     def decode(self, i):
-        """The picture of item i -> uint8 [3, H, W], or None for no image."""
+        """The picture of item i -> uint8 [3, H, W], or None if it is no image."""
         try:
             return read_image(self.items[i][0], self.net.image_encoder, self.pictures[i])
         except UserError as error:
             print(f"skipped: {error}", file=sys.stderr)
 
     def encode(self, pictures, texts):
-        """Pictures, and all their texts -> a row for each file: float16 [B, N, D_I], NaN for no picture,
-        [tokens, D_T], and the pictures as they are"""
+        """Pictures or None [B], all their texts -> rows of each file: s_image float16 [B, N, D_I], NaN for
+        None; s_text float16 [tokens, D_T]; the pictures uint8"""
         readable = [i for i, picture in enumerate(pictures) if picture is not None]
         none = torch.zeros(3, *self.net.image_encoder.input_size, dtype=torch.uint8)
         images = torch.stack([none if picture is None else picture for picture in pictures])
@@ -219,8 +219,8 @@ class FeatureCache:
         return s_image, s_text, images
 
     def map(self, name):
-        """A file as an array on the disk, opened each time: what is read of an open one fills memory."""
-        with named(self.folder), open(self.folder / name, "rb") as file:  # private: more disks can do that
+        """A file as an array on the disk, opened for each read: an open one keeps in memory what was read."""
+        with named(self.folder), open(self.folder / name, "rb") as file:  # private works on more disks
             content = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
         return np.frombuffer(content, np.dtype(name.split(".")[1])).reshape(self.shapes[name])
 
@@ -240,7 +240,7 @@ class FeatureCache:
         return Features(self.rows("image.float16", images), s_text, torch.from_numpy(mask), pixels)
 
     def batches(self, draws):
-        """For each draw (see `read`) its Features on the device, in its dtype; s_text is 0 where padded."""
+        """For each draw (see `read`) its Features, on the device, in its dtype; padding of s_text is 0."""
         device, dtype = self.net.device, self.net.dtype
         for features in read_ahead(self.read, draws):
             s_image, s_text, mask, pixels = (None if tensor is None else tensor.to(device, non_blocking=True)
@@ -256,7 +256,7 @@ class FeatureCache:
 
 
 def read_ahead(load, keys):
-    """load(key) for each key, the next one in a thread while the caller computes."""
+    """Yields load(key) for each key. A thread loads the next one while the caller computes."""
     with ThreadPoolExecutor(1) as reader:
         loads = (reader.submit(load, key) for key in keys)
         ahead = next(loads, None)
@@ -274,19 +274,19 @@ class Post:
     image: Path
     text: str
     label: int  # index into LABELS, or into the labels of its set
-    part: str = ""  # one of PARTS, if the set says it
+    part: str = ""  # one of PARTS, or empty if the set has no split
 
 
 def merge_labels(text, image):
-    """A post's label (Niu et al. 2016): neutral gives way, positive with negative gives None."""
+    """A post's label (Niu et al. 2016): a polarity beats neutral; positive with negative gives None."""
     if text == image or image == "neutral":
         return text
     return image if text == "neutral" else None
 
 
 def read_labels(path):
-    """labelResultAll.txt, a pair text,image by each annotator, one in Single, three in Multi -> "single" or
-    "multi", {id: label} of the posts to use, {id: reason} of the others. Raises UserError."""
+    """labelResultAll.txt -> "single" or "multi", {id: label} of the posts to use, {id: reason} of the others.
+    Each annotator (one in Single, three in Multi) gives a pair text,image. Raises UserError."""
     text = (read_file(path) or b"").decode("utf-8-sig", "replace")  # other bytes match no pattern
     lines = re.split(r"\r\n|\n|\r", text)  # not splitlines(): it splits at a dozen other characters, too
     (_, header), *rows = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()] or [(1, "")]
@@ -312,8 +312,8 @@ def read_labels(path):
 
 
 def find_mvsa(root):
-    """Folder -> {"single": folder, "multi": folder}, or one of them: `root` or up to two levels below. The
-    label file's header tells the set. Raises UserError for none, or two of one set."""
+    """Folder -> {"single": folder, "multi": folder}, or one of them: in `root` or up to two levels below. The
+    label file's header tells the set. Raises UserError for no set, or two folders of one set."""
     folders, levels = {}, ("labelResultAll.txt", "*/labelResultAll.txt", "*/*/labelResultAll.txt")
     for path in sorted(path for level in levels for path in Path(root).glob(level)):
         kind = read_labels(path)[0]
@@ -344,7 +344,7 @@ def load_mvsa(folder):
 
 def load_posts(folder):
     """A folder's posts.csv, with the header image,text,label or image,text,label,split -> its posts, Counter
-    of what was skipped, its labels. Lines of no use are reported. Raises UserError if there is no post."""
+    of what was skipped, its labels. Prints the lines it skips. Raises UserError if there is no post."""
     path = Path(folder).resolve() / "posts.csv"
     reader = csv.DictReader(StringIO(decode_text(read_file(path) or b""), newline=""))
     try:
@@ -354,7 +354,7 @@ def load_posts(folder):
     if not {"image", "text", "label"} <= set(reader.fieldnames or ()):
         raise UserError(f"{path} is no file that begins with image,text,label or image,text,label,split")
     posts, skipped = [], Counter()
-    for n, row in rows:  # where a line has fewer fields than the first, the others are None
+    for n, row in rows:  # a field that the line lacks is None
         name, text, label, part = ((row.get(key) or "").strip() for key in "image text label split".split())
         wrong = {"not as many fields as in the first line": None in row or None in row.values(),
                  "no label": not label, "no image file": not is_file(path.parent / name),
@@ -374,16 +374,16 @@ def load_posts(folder):
 
 
 def decode_text(content):
-    """A raw post -> text: the files mix UTF-8 and GBK-family bytes."""
-    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # the GBK family would read it as other words
+    """A post's bytes -> text. The files mix UTF-8 and the GBK family."""
+    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # as GBK it would be other words
     for encoding in ("utf-16",) * utf16 + ("utf-8-sig", "gb18030", "latin-1"):  # Latin-1 takes any bytes
         with suppress(UnicodeDecodeError):
             return content.decode(encoding).strip()
 
 
 def stratified_split(labels, seed, groups=None):
-    """Labels [P] -> indices of train, validation and test, 8:1:1, with the same shares of classes; with
-    `groups` [P] no group is divided, and shares are near. Raises UserError if a class is too small."""
+    """Labels [P] -> indices of train, validation and test, 8:1:1, with equal shares of classes. With
+    `groups` [P] no group is divided; shares are approximate. Raises UserError if a class is too small."""
     labels, posts = np.asarray(labels), np.arange(len(labels))
     try:
         if groups is not None:
@@ -398,7 +398,7 @@ def stratified_split(labels, seed, groups=None):
 
 
 def random_split(labels, seed):
-    """As stratified_split, but at random, then training posts repeated to equal classes: the authors' way."""
+    """The authors' split: 8:1:1, not stratified. Repeats training posts until all classes are equal."""
     labels, tenth = np.asarray(labels), len(labels) // 10
     order = np.random.default_rng(seed).permutation(len(labels))
     validation, test, train = np.split(order, [tenth, 2 * tenth])
@@ -410,8 +410,8 @@ def random_split(labels, seed):
 
 
 def clmlf_split(folder, posts):
-    """CLMLF's train.json, dev.json, test.json, in `folder` or below (of several: whose path names the set of
-    `posts`) -> indices of each, Counter of what does not match. Raises UserError."""
+    """CLMLF's train.json, dev.json, test.json -> indices of each, Counter of what does not match. Looks in
+    `folder` and below; of several, takes the path that names the set of `posts`. Raises UserError."""
     folder, kind = Path(folder), posts[0].set
     found = (path.parent for level in range(6) for path in folder.glob("*/" * level + "train.json"))
     homes = [*{home.resolve(): home for home in found}.values()]  # a folder may be linked, even to itself
@@ -438,21 +438,21 @@ def clmlf_split(folder, posts):
 
 
 def post_keys(post):
-    """Posts that share one of these are repeats: the image's bytes; the words, if any, without what changes
-    when a post is sent again: links, mentions, punctuation and case."""
+    """A post's keys: the image's bytes; the words, if any. Posts that share a key are repeats. The words omit
+    what changes when a post is sent again: links, mentions, punctuation and case."""
     text = re.sub(r"https?\S+|www\.\S+|\brt\s+@\w+|@\w+", " ", post.text.lower())
     words = " ".join(re.sub(r"[\W_]+", " ", text).split())
     return [("image", digest(read_file(post.image)))] + [("words", words)] * bool(words)
 
 
 def repeats(posts, train, *parts):
-    """Each part -> [("image" or "words", index)] of its posts that share them with a post of `train`."""
+    """Each part -> [("image" or "words", index)] of its posts: the key they share with a post of `train`."""
     seen = {key for i in train for key in post_keys(posts[i])}
     return [[(key[0], i) for i in part for key in post_keys(posts[i]) if key in seen] for part in parts]
 
 
 def duplicate_groups(posts):
-    """Posts -> [P]: the first of all posts that are linked to each by the same image or the same words."""
+    """Posts -> each post's group [P], named by its first post. Equal images or words link, in chains, too."""
     first, linked = {}, DisjointSet(range(len(posts)))
     for i, post in enumerate(posts):
         for key in post_keys(post):
@@ -462,10 +462,10 @@ def duplicate_groups(posts):
 
 # ---- The toy world ----
 
-# A picture is four things on grey, two above two, each of one of 3 colours in one of 3 patterns, all equally
-# likely: only the caption, which names the four in reading order, tells a masked one. A colour has 12 words
-# and a mood. A post's picture has the mood of most of its things, its text that of the thing it names first,
-# drawn independently. The label, by MVSA's rules, needs both.
+# A picture is four things on grey, two above two. Each has one of 3 colours and of 3 patterns, all equally
+# likely. The caption names the four in reading order; only it tells a masked one. A colour has 12 words and a
+# mood. A post's picture has the mood of most of its things; its text has the mood of the thing named first.
+# The two moods are independent. The label, by MVSA's rules, needs both.
 
 COLOURS = (  # in the order of LABELS: the moods
     ((60, 200, 60), "green lime olive emerald jade moss fern mint sage pine grass forest".split()),
@@ -536,7 +536,7 @@ def write_toy_mvsa(root, count, voters, rng):
 
 
 def write_toy(root, images=1100, posts=1000):
-    """Write coco/ and mvsa/, always the same bytes, unless they are there. UserError if others are."""
+    """Write coco/ and mvsa/, always the same bytes, unless they are there. UserError if others are there."""
     recipe = json.dumps({"images": images, "posts": posts}).encode()
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
@@ -575,8 +575,8 @@ def fetch(url):
 
 
 def fetch_coco(root, images):
-    """Fetch what load_coco(root, images) takes, 16 images at a time, unless it is there. Raises UserError for
-    the first that fails; what was fetched is kept."""
+    """Fetch the files that load_coco(root, images) needs and lacks, 16 images at a time. Raises UserError at
+    the first failure; keeps what was fetched."""
     def get(path):
         atomic_write(path, fetch(f"{COCO_URL}/train2017/{quote(path.name)}"))
 
@@ -591,13 +591,13 @@ def fetch_coco(root, images):
         names = [Path(name).name for image, name in sorted(files.items()) if image in captions]
         paths = [root / "train2017" / name for name in names[:images or None]]
         missing = [path for path in paths if not path.is_file()]
-        with ThreadPool(16) as pool:  # of daemons: Ctrl-C waits for none of them
+        with ThreadPool(16) as pool:  # daemon threads: Ctrl-C does not wait
             list(tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing))
 
 
 def run_command(command, memory="the load of this machine"):
-    """command() -> its exit code; or, after a sentence, 2 for what the user can mend (`memory`: what to
-    lower), 1 for a number that is not finite, 130 for Ctrl-C."""
+    """command() -> its exit code. On an error, prints a sentence -> 2 for what the user can mend (`memory`:
+    what to lower), 1 for a number that is not finite, 130 for Ctrl-C."""
     code = 2
     try:
         return command() or 0
@@ -621,7 +621,7 @@ def run_command(command, memory="the load of this machine"):
 
 @contextmanager
 def locked(folder, wait=False):
-    """Make a folder and hold its lock, which any end of the process frees. If taken: wait, or UserError."""
+    """Make a folder and hold its lock, freed at any end of the process. If taken: wait, or UserError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with named(folder), open(Path(folder) / ".lock", "a") as lock:
         try:
@@ -636,7 +636,7 @@ def locked(folder, wait=False):
 
 @contextmanager
 def named(path):
-    """A block whose OSErrors have this name if they have none, as those of read, write, flock and mmap."""
+    """A block that adds this name to OSErrors without one: those of read, write, flock and mmap."""
     try:
         yield
     except OSError as error:
@@ -645,8 +645,8 @@ def named(path):
 
 
 def is_file(path):
-    """Whether a file is there (no folder, or pipe, which would never end). An OSError if the disk fails,
-    where Path.is_file may say no."""
+    """Whether a regular file is there: no folder, no pipe (reading it might never end). Raises OSError if the
+    disk fails; Path.is_file may say no."""
     with suppress(FileNotFoundError, NotADirectoryError):
         return stat.S_ISREG(path.stat().st_mode)
 
@@ -659,7 +659,7 @@ def read_file(path):
 
 @contextmanager
 def replacing(path):
-    """A file to write bytes to, which replaces `path` when the block ends: never half written."""
+    """A file to write bytes to. It replaces `path` when the block ends: `path` is never half written."""
     part = path.with_name(path.name + ".tmp")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -702,7 +702,7 @@ def describe(counts):
 
 
 def number(kind, least, most=sys.float_info.max):
-    """add_argument's type and metavar for a number from `least` to `most`; not for nan or infinity."""
+    """add_argument's type and metavar for a number from `least` to `most`. Refuses nan and infinity."""
     def parse(text):
         value = kind(text)
         if not least <= value <= most:
@@ -714,14 +714,14 @@ def number(kind, least, most=sys.float_info.max):
 
 
 def check(coco, mvsa):
-    """Raises UserError for what is missing, before hours are spent on one of the two."""
+    """Look for both before hours are spent on one. Raises UserError for what is missing."""
     load_coco(coco)
     for folder in find_mvsa(mvsa).values():
         load_mvsa(folder)
 
 
 def run(argv=None):
-    """The commands of the top of this file -> exit code, see run_command."""
+    """Run a command of those at the top of this file -> exit code; see run_command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="write the toy data")
@@ -732,7 +732,7 @@ def run(argv=None):
     coco = commands.add_parser("coco", help="fetch COCO 2017's captions and images")
     coco.add_argument("root", metavar="dir", type=Path, help="folder to make")
     coco.add_argument("--images", **number(int, 0), default=10000, help="how many (10000; 0: all, 19 GB)")
-    options = vars(parser.parse_args(argv))  # but for the command, the function's arguments
+    options = vars(parser.parse_args(argv))  # the command and its function's arguments
     function = {"toy": write_toy, "check": check, "coco": fetch_coco}[options.pop("command")]
     return run_command(lambda: function(**options))
 

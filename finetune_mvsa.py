@@ -3,10 +3,10 @@
     python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --mvsa data/toy/mvsa
     python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --posts FOLDER    another set: FOLDER/posts.csv
 
-Writes to OUT, with FOLDER's name and a protocol other than `standard` in the names: results.md, the table;
-results.json, all numbers; predictions.csv, the probabilities of each test post, from which all scores come;
-confusion.png, of the last row; predictions/, those of each finished seed, to be reused. All choices are made
-on validation. The "F1" of MVSA papers is the weighted one; macro F1 is low if a class is never predicted.
+Writes to OUT: results.md (the table), results.json (all numbers), predictions.csv (the probabilities of each
+test post; all scores come from them), confusion.png (of the last row), predictions/ (each finished seed, for
+reuse). File names carry FOLDER's name and the protocol if not `standard`. All choices are made on validation.
+The "F1" of MVSA papers is the weighted F1; macro F1 is low if a class is never predicted.
 """
 import argparse
 import copy
@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "agg"  # a notebook's is not always there, and figures go to files
+os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend may be missing
 import matplotlib
 import numpy as np
 import torch
@@ -46,12 +46,12 @@ UNTRAINED, PRETRAINED = "TI-JEPA, X~ untrained", "TI-JEPA, pretrained"
 ONLINE = "TI-JEPA, X in place of X~"
 NO_IMAGE, NO_TEXT = "TI-JEPA, pretrained, text alone", "TI-JEPA, pretrained, image alone"
 BOTH = "TI-JEPA, pretrained + concatenated"
-FINE_TUNED = ", fine-tuned"  # such a row starts from the probe of the row that its name begins with
+FINE_TUNED = ", fine-tuned"  # a row with this ending starts from the probe of the row without
 TUNED, TUNED_UNTRAINED = PRETRAINED + FINE_TUNED, UNTRAINED + FINE_TUNED
 ROWS = {"probe": (MAJORITY, TEXT, IMAGE, CONCAT, UNTRAINED, PRETRAINED, ONLINE, NO_IMAGE, NO_TEXT, BOTH),
         "finetune": (TUNED_UNTRAINED, ONLINE + FINE_TUNED, TUNED)}
 COMPARED = {PRETRAINED: (UNTRAINED, CONCAT, ONLINE), TUNED: (TUNED_UNTRAINED, CONCAT)}
-NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}  # another set has its folder's
+NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}  # another set: its folder's name
 REPORTED = {"single": (76.75, 74.62), "multi": (77.55, 75.02)}  # TI-JEPA-Large, by the paper
 
 
@@ -65,10 +65,10 @@ def parse_args(argv=None):
     add("--posts", default="", metavar="FOLDER", help="judge on FOLDER/posts.csv in place of MVSA")
     add("--out", default="", help="folder for the results (empty: the checkpoint's)")
     add("--protocol", choices=("standard", "grouped", "authors"), default="standard", help="how to split")
-    add("--mode", choices=list(ROWS), nargs="+", default=list(ROWS), help="how to use the features")
+    add("--mode", choices=list(ROWS), nargs="+", default=list(ROWS), help="linear probe, or fine-tuning")
     add("--split", default="", help="folder of CLMLF's train.json, dev.json, test.json (empty: by seed)")
     add("--seeds", **number(int, 0, 2 ** 31 - 1), nargs="+", default=[0, 1, 2, 3, 4],
-        help="of splits, untrained weights and fine-tuning")
+        help="seeds of splits, untrained weights and fine-tuning")
     add("--finetune_epochs", **number(int, 1), default=4, help="passes over the training posts at most")
     add("--image_weights", default="", help="where f_I's weight file lies now (empty: as in training)")
     add("--text_encoder", default="", help="where f_T lies now (empty: as in training)")
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
     args = parser.parse_args(argv)
-    args.seeds = [*dict.fromkeys(args.seeds)]  # a seed that is there twice is one
+    args.seeds = [*dict.fromkeys(args.seeds)]  # each seed once
     args.out = args.out or str(Path(args.checkpoint).parent)
     args.posts = args.posts and str(Path(args.posts).resolve())
     return args
@@ -93,15 +93,15 @@ def untrained(net, seed):
 
 
 def batches(cache, rows):
-    """Features of these items of a cache, each with its first text, BATCH at a time."""
+    """Yields Features of these items of a cache, BATCH at a time, each with its first text."""
     parts = np.split(rows, range(BATCH, len(rows), BATCH))
     return cache.batches((part, cache.first[part]) for part in parts)
 
 
 @torch.no_grad()
 def extract_features(net, cache, seeds):
-    """The frozen features of all readable posts: {row: array [P, D]}; of the untrained X~ (row, seed). The
-    empty picture is f_I's mean colour, the empty text has no words."""
+    """The frozen features of all readable posts: {row: array [P, D]}. An untrained X~ has key (row, seed).
+    The empty picture has f_I's mean colour, the empty text no words."""
     encoders = {(UNTRAINED, seed): untrained(net, seed) for seed in seeds}
     encoders |= {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
     colour = (255 * net.image_encoder.mean).round().to(torch.uint8)  # [3, 1, 1]
@@ -123,8 +123,8 @@ def extract_features(net, cache, seeds):
 
 
 def split_posts(posts, args):
-    """Posts -> {seed: indices of train, validation, test}, notes {what: how many}, and of a published split
-    the test posts that repeat a training post."""
+    """Posts -> {seed: indices of train, validation, test}, notes {what: how many}, and the test posts that
+    repeat a training post (of a published split only)."""
     labels, groups, notes = [post.label for post in posts], None, Counter()
     if args.protocol == "standard" and (args.split or posts[0].part):
         parts = [np.flatnonzero([post.part == part for post in posts]) for part in data.PARTS]
@@ -145,10 +145,10 @@ def split_posts(posts, args):
     return {seed: data.stratified_split(labels, seed, groups) for seed in args.seeds}, notes, []
 
 
-# ---- Features -> predictions. All labels are passed, but none of a test post is used ----
+# ---- Features -> predictions. Functions get all labels, but never use a test post's ----
 def fit_probe(x, y, train, validation):
-    """Logistic regression of labels [P] on standardised features [P, D], with the C that is best on
-    validation -> the probe, its choice {"C", "validation", "loss"}. Raises UserError for a single label."""
+    """Features [P, D], labels [P] -> the linear probe (standardise, logistic regression) whose C is best on
+    validation, its choice {"C", "validation", "loss"}. Raises UserError for a single label."""
     if len(np.unique(y[train])) < 2:
         raise UserError("all training posts have the same label: a probe needs two")
     fitted = []
@@ -157,22 +157,22 @@ def fit_probe(x, y, train, validation):
         probe.fit(x[train], y[train])
         guess = probabilities_of(probe, x[validation], y.max() + 1)
         fitted.append((probe, {"C": c, **validate(guess, y[validation])}))
-    return max(fitted, key=lambda one: one[1]["validation"])  # of equals the first
+    return max(fitted, key=lambda one: one[1]["validation"])  # the first of equals
 
 
 def probabilities_of(probe, x, classes):
-    """A fitted probe, features [P, D] -> probabilities [P, K], 0 of a label that no training post has."""
+    """A fitted probe, features [P, D] -> probabilities [P, K]; 0 for a label that no training post has."""
     probabilities = np.zeros((len(x), classes))
     probabilities[:, probe.classes_] = probe.predict_proba(x)
     return probabilities
 
 
 def head_of(probe, classes):
-    """A fitted probe -> the same of features that are not standardised: a Linear to K logits."""
+    """A fitted probe -> the same function as one Linear, from raw features to K logits."""
     scaler, regression = probe
     weight = regression.coef_ / scaler.scale_
     bias = regression.intercept_ - weight @ scaler.mean_
-    if len(weight) == 1:  # of two labels scikit-learn has the second's log odds alone
+    if len(weight) == 1:  # for two labels scikit-learn has only the second's log odds
         weight, bias = np.vstack([-weight / 2, weight / 2]), np.hstack([-bias / 2, bias / 2])
     head = torch.nn.Linear(weight.shape[1], classes).requires_grad_(False)
     head.weight.zero_()
@@ -183,13 +183,13 @@ def head_of(probe, classes):
 
 
 def validate(probabilities, y):
-    """Probabilities [V, K], labels [V] -> what choices go by: accuracy and mean cross-entropy."""
+    """Probabilities [V, K], labels [V] -> accuracy, mean cross-entropy: they decide the choices."""
     loss = -np.log(np.maximum(probabilities[np.arange(len(y)), y], 1e-7)).mean()
     return {"validation": metrics.accuracy_score(y, probabilities.argmax(1)), "loss": float(loss)}
 
 
 class Classifier(torch.nn.Module):
-    """An encoder (X~, X or untrained) and a linear head on its mean token, which starts as the probe:
+    """An encoder (X~, X or untrained) and a linear head on its mean token. The head starts as the probe:
     a random head would spoil the features in the first steps (Kumar et al. 2022)."""
 
     def __init__(self, net, encoder, probe, classes):
@@ -204,11 +204,11 @@ class Classifier(torch.nn.Module):
 
 
 def finetune(net, encoder, probe, choice, cache, y, classes, train, validation, epochs, seed):
-    """Train encoder and head from the probe on -> Classifier, its choice. A step takes a few random patches:
-    no token of X depends on the others, so their mean is an unbiased estimate of the mean over all.
+    """Train encoder and head, starting from the probe -> Classifier, its choice. A step takes a few random
+    patches. X computes each token without the others, so the mean of a few is unbiased for the mean of all.
 
-    Each learning rate is tried until the first epoch with a higher cross-entropy on validation (accuracy
-    hardly tells two epochs apart). The best epoch is taken; epoch 0 is the probe."""
+    Each learning rate stops at the first epoch that raises cross-entropy on validation (accuracy hardly
+    tells two epochs apart). The epoch of lowest cross-entropy is kept; epoch 0 is the probe."""
     best = Classifier(net, encoder, probe, classes).state_dict()
     probe_loss, choice = choice["loss"], {**choice, "lr": None, "epoch": 0}
     for lr in LEARNING_RATES:
@@ -249,8 +249,8 @@ def predict(classifier, cache, part):
 
 
 def predict_rows(net, cache, features, y, classes, split, seed, probes, args):
-    """The test posts of a split -> {"probabilities": {row: [P, K]}, "choices": {row: choice}}. `probes` are
-    those fitted on this split: all seeds share them, but for the untrained X~."""
+    """The test posts of a split -> {"probabilities": {row: [P, K]}, "choices": {row: choice}}. `probes`:
+    those already fitted on this split. All seeds share them, except those on an untrained X~."""
     train, validation, test = split
     probabilities, choices = {}, {}
     for row in [row for mode in ROWS if mode in args.mode for row in ROWS[mode]]:
@@ -273,7 +273,7 @@ def predict_rows(net, cache, features, y, classes, split, seed, probes, args):
     return {"probabilities": {row: p.tolist() for row, p in probabilities.items()}, "choices": choices}
 
 
-# ---- Predictions -> scores. Before this, test labels only stratify splits ----
+# ---- Predictions -> scores. Up to here, test labels only stratify splits ----
 def score(y, predicted, seeds, classes):
     """Labels, predictions, seeds [T] -> {score: [% of each seed], "confusion": [K, K] of all seeds}."""
     scores = defaultdict(list)
@@ -287,8 +287,8 @@ def score(y, predicted, seeds, classes):
 
 
 def bootstrap(gains, posts, draws=2000):
-    """Gains [T] of one row over another (1: only it is right, -1: only the other) and posts [T] -> points of
-    accuracy [difference, low, high], a 95 % interval over resampled posts, each with all seeds' tests."""
+    """Gains [T] of row a over row b (1: only a is right, -1: only b), posts [T] -> accuracy of a minus b, in
+    points: [difference, low, high], a 95 % interval. Resamples posts, each with its tests of all seeds."""
     _, index, counts = np.unique(posts, return_inverse=True, return_counts=True)
     sums, P = np.bincount(index, gains), len(counts)
     times = np.random.default_rng(0).multinomial(P, np.full(P, 1 / P), size=draws)  # [draws, P]
@@ -297,9 +297,9 @@ def bootstrap(gains, posts, draws=2000):
 
 
 def judge(net, loaded, names, results, lines, args):
-    """Split `loaded` {set: (posts, skipped)} as one pool, predict, score: fills `results` {set: its part of
-    results.json} and the `lines` of predictions.csv. Predictions made from the same are reused. `names`: of
-    the labels."""
+    """Split, predict and score `loaded` {set: (posts, skipped)} as one pool. Fills `results` {set: its part
+    of results.json} and the `lines` of predictions.csv. Reuses predictions made from the same inputs.
+    `names`: the labels' names."""
     posts, classes = [post for of_set, _ in loaded.values() for post in of_set], len(names)
     cache = data.FeatureCache(args.cache, [(post.image, [post.text]) for post in posts], net)
     for i in cache.unreadable:
@@ -356,7 +356,7 @@ def judge(net, loaded, names, results, lines, args):
 
 # ---- What is written ----
 def mean_std(values, digits=2):
-    """Numbers -> "mean ± standard deviation", with n - 1; of one number "mean", of none ""."""
+    """Numbers -> "mean ± standard deviation", with n - 1; "mean" for one number, "" for none."""
     if not values:
         return ""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
@@ -402,10 +402,10 @@ def make_table(results, config, args, start_share):
 
 
 def ablation_table(folder):
-    """The runs in `folder`/<variant>-<seed> -> Markdown: mean ± standard deviation over seeds of pretraining
-    of last figures and accuracies, each a mean over splits. Raises UserError for no run."""
+    """The runs in `folder`/<variant>-<seed> -> Markdown: last figures, and accuracies as means over splits;
+    each mean ± standard deviation over seeds of pretraining. Raises UserError if there is no run."""
     measured = "loss", "energy_matched", "energy_position", "auc", "target_std", "target_rank"
-    # {row: (its line, its column)}; what does not depend on pretraining is the same in all runs
+    # {row: (its line, its column)}; a *line* does not depend on pretraining: it is the same in all runs
     places = {PRETRAINED: ("", "X~"), ONLINE: ("", "X"), TUNED: ("", "X~ fine-tuned"),
               UNTRAINED: ("*untrained*", "X~"), CONCAT: (f"*{CONCAT}*", "X~")}
     table = defaultdict(lambda: defaultdict(list))  # {line: {column: [a figure of each run]}}
@@ -431,7 +431,7 @@ def ablation_table(folder):
 
 
 def main(args):
-    """The command of the parsed arguments."""
+    """Run the command that these arguments name."""
     if args.ablate:
         table = ablation_table(Path(args.ablate))
         data.atomic_write(Path(args.ablate) / "results.md", table.encode())
@@ -472,7 +472,7 @@ def main(args):
         data.save_figure(figure, path.with_name(f"confusion{ending}.png"))
         tools = ("torch", "timm", "transformers", "sklearn", "numpy")
         versions = {name: sys.modules[name].__version__ for name in tools}
-        data.write_json(path, {  # the last file: when it is there, all are
+        data.write_json(path, {  # written last: when it is there, all are
             "sets": results, "args": vars(args), "seeds": args.seeds, "model": vars(net.config),
             "step": checkpoint["step"], "start_share": checkpoint["start_share"], "device": str(device),
             "dtype": str(net.dtype),

@@ -9,15 +9,15 @@ Glossary (B batch, N patches, L text tokens, M target blocks, P patches of a blo
     s_image, s_text     s_I, s_T   see above         the features that the frozen encoders output
     text_mask           -          [B, L] bool       True for a token of s_text, False for padding
     context_encoder     X (theta)  -> [B, C, D]      trained; reads the context patches and the caption
-    target_encoder      X~ (xi)    -> [B, N, D]      EMA copy of X; in training of the hidden patches only
+    target_encoder      X~ (xi)    -> [B, N, D]      EMA copy of X; training runs it on hidden patches only
     predictor           g (phi)    -> [B, M, P, D]   narrow ViT from context tokens to hidden patches
     masks.context       B_x        [B, C] int        indices of the visible patches
     masks.target        B_y(i)     [B, M, P] int     indices of the hidden patches, block by block
     energy              E(I, T)    [B]               prediction error on the hidden patches of a pair
     momentum            m          float             xi <- m xi + (1 - m) theta
 
-As in the authors' code masks apply after f_I: the visible tokens of s_image have seen the hidden patches, but
-with mask="before". README, "Differences", has what else departs from the paper or from I-JEPA."""
+Masks apply after f_I, as in the authors' code: the visible tokens of s_image have seen the hidden patches.
+With mask="before" they have not. README, "Differences", lists what else departs from the paper or I-JEPA."""
 import copy
 import hashlib
 import json
@@ -45,7 +45,7 @@ LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
 @dataclass
 class Config:
-    """What decides the model, saved with each checkpoint."""
+    """All settings of the model. Each checkpoint stores them."""
     image_encoder: str  # a timm name, or "toy"
     text_encoder: str  # a Hugging Face name or a local folder, or "toy"
     dim: int  # D, width of X and X~
@@ -57,8 +57,8 @@ class Config:
     image_weights: str = ""  # a weight file for image_encoder; empty: its pretrained weights from the hub
     loss: str = "mse"  # or "smooth_l1"
     target: str = "ema"  # predict X~'s tokens (the paper); "image": f_I's; "whitened": a linear map of f_I's
-    mask: str = "after"  # f_I (the authors' code): X gets tokens that have seen all patches; or "before"
-    visible: float = 1.0  # share of a context's patches that X gets
+    mask: str = "after"  # mask after f_I (the authors' code): X's tokens have seen all patches; or "before"
+    visible: float = 1.0  # share of the context patches that X gets
     vocabulary: list = field(default_factory=list)  # the words that the "toy" text encoder knows
 
 
@@ -67,7 +67,7 @@ ON_HUB = {JEPA_14: "facebook/ijepa_vith14_1k", JEPA_16: "facebook/ijepa_vith16_1
 GTE_BASE, GTE_LARGE = (f"alibaba-nlp-community/gte-{size}-en-v1.5" for size in ("base", "large"))
 MINI_LM = "sentence-transformers/all-MiniLM-L6-v2"
 PRESETS = {
-    # f_I, f_T, X's dim, depth, heads; then g's depth, dim, heads, which are of width 32, as I-JEPA's
+    # f_I, f_T, X's dim, depth, heads; then g's depth, dim, heads (of width 32, as in I-JEPA)
     "toy": Config("toy", "toy", 96, 2, 4, 2, 64, 2),
     "tiny": Config("vit_tiny_patch16_224", MINI_LM, 192, 2, 4, 4, 96, 3),
     "small": Config(JEPA_14, GTE_BASE, 768, 4, 8),
@@ -99,8 +99,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN attention and MLP. In g tokens attend to each other; in X patches attend to the caption alone,
-    so that a patch's token does not depend on which others are there."""
+    """Pre-LN attention and MLP. In g, tokens attend to each other. In X, patches attend to the caption alone:
+    a patch's token does not depend on which other patches are there."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -110,14 +110,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x, text=None, text_mask=None, last=0):
-        """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D], or of the `last` tokens [B, last, D]"""
+        """x [B, N, D], text [B, L, D], text_mask [B, L] -> [B, N, D]; with `last`, the last [B, last, D]"""
         h = self.norm_attention(x)  # below, last=0 takes all: x[:, -0:] is x[:, 0:]
         x = x[:, -last:] + self.attention(h[:, -last:], h if text is None else text, text_mask)
         return x + self.mlp(self.norm_mlp(x))
 
 
 def init_weights(module):
-    """MAE's initialisation (models_mae.py); with I-JEPA's std of 0.02 narrow nets hear the caption late."""
+    """MAE's initialisation (models_mae.py). With I-JEPA's std of 0.02, narrow nets use the caption late."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -125,7 +125,7 @@ def init_weights(module):
 
 class FusionEncoder(nn.Module):
     """X: image tokens are queries, text tokens keys and values (paper section 3, "text-to-image" encoder).
-    Patches do not attend to each other, and no positions are added: f_I's tokens carry both."""
+    X adds no attention between patches and no positions: f_I's tokens already carry both."""
 
     def __init__(self, image_dim, text_dim, dim, depth, heads):
         super().__init__()
@@ -153,7 +153,7 @@ def sincos_2d(grid, dim):
 
 
 class Predictor(nn.Module):
-    """g: I-JEPA's narrow ViT, from the context tokens and a mask token at each hidden patch to the target."""
+    """g: I-JEPA's narrow ViT. Reads context tokens and a mask token per hidden patch, predicts the target."""
 
     def __init__(self, grid, dim, width, depth, heads, target_dim):
         super().__init__()
@@ -180,13 +180,13 @@ class Predictor(nn.Module):
         x = torch.cat([visible, hidden], dim=1)  # [B * M, C + P, width]
         for block in self.blocks[:-1]:
             x = block(x)
-        x = self.blocks[-1](x, last=P)  # [B * M, P, width]: nobody reads the other tokens
+        x = self.blocks[-1](x, last=P)  # [B * M, P, width]: the other tokens are not needed
         return self.proj(self.norm(x)).unflatten(0, (B, M))  # [B, M, P, target_dim]
 
 
 # ---- Masks ----
 class Masks(NamedTuple):
-    """Patch indices in raster order; a context shares none with its target blocks. B is 1: for all images."""
+    """Patch indices in raster order. Context and targets never overlap. B = 1: one set for all images."""
     context: torch.Tensor  # [B, C]
     target: torch.Tensor  # [B, M, P]
 
@@ -210,8 +210,8 @@ def gather(tokens, index):
 def sample_masks(grid, batch, seed, step=0, share=1.0, blocks=4, target_area=(0.15, 0.2),
                  target_aspect=(0.75, 1.5), context_area=(0.85, 1.0)):
     """I-JEPA's multi-block masks (paper section 3.2; masks/multiblock.py), a pure function of its arguments.
-    Areas are shares of the grid, aspects relative to it. A batch has one block size, and its contexts are cut
-    to `share` of the smallest: at random, as a cut in raster order would take the bottom rows."""
+    Areas are shares of the grid, aspects relative to it. A batch has one block size. Its contexts are cut to
+    `share` of the smallest context, at random: a cut in raster order would remove the bottom rows."""
     rows, columns = grid
     if min(grid) < 6:
         raise UserError(f"a {rows} x {columns} patch grid is too small: take another --image_encoder")
@@ -220,7 +220,7 @@ def sample_masks(grid, batch, seed, step=0, share=1.0, blocks=4, target_area=(0.
     generator = generator_of(seed, step)
 
     def place(count, height, width):
-        """Which patches lie in `count` blocks, placed anywhere in each image: [B, count, N] bool"""
+        """Place `count` blocks at random in each image -> the patches in each block: [B, count, N] bool"""
         top = torch.randint(rows - height + 1, (batch, count, 1), generator=generator)
         left = torch.randint(columns - width + 1, (batch, count, 1), generator=generator)
         return (top <= row) & (row < top + height) & (left <= column) & (column < left + width)
@@ -229,7 +229,7 @@ def sample_masks(grid, batch, seed, step=0, share=1.0, blocks=4, target_area=(0.
     context_size = block_size(grid, context_area, (1.0, 1.0), generator)
     hidden = place(blocks, *target_size)  # [B, M, N]
     window = place(1, *context_size)[:, 0]  # [B, N]
-    while (too_few := (window & ~hidden.any(1)).sum(1) < N // 10).any():  # these images' blocks again
+    while (too_few := (window & ~hidden.any(1)).sum(1) < N // 10).any():  # draw their blocks again
         hidden = torch.where(too_few[:, None, None], place(blocks, *target_size), hidden)
     visible = window & ~hidden.any(1)  # [B, N]
     order = torch.rand(batch, N, generator=generator).masked_fill(~visible, -1.0)
@@ -254,16 +254,16 @@ class Features(NamedTuple):
     s_image: torch.Tensor  # [B, N, D_I]
     s_text: torch.Tensor  # [B, L, D_T]
     text_mask: torch.Tensor  # [B, L] bool
-    images: torch.Tensor | None = None  # [B, 3, H, W] uint8: with mask="before" f_I needs them once more
+    images: torch.Tensor | None = None  # [B, 3, H, W] uint8: with mask="before" f_I reads them again
 
     def pair(self, images, captions):
-        """The pairs of these pictures with these captions: two indices, lists [K] or slices -> Features."""
+        """Two indices (lists [K] or slices) -> Features that pair these pictures with these captions."""
         pixels = None if self.images is None else self.images[images]
         return Features(self.s_image[images], self.s_text[captions], self.text_mask[captions], pixels)
 
 
 class Output(NamedTuple):
-    """One forward pass. D is the width of the targets: X~'s, or f_I's with `target="image"`."""
+    """One forward pass. D is the width of the targets: X~'s with target="ema", else f_I's."""
     energy: torch.Tensor  # [B]: of each pair; the loss is its mean
     patch_energy: torch.Tensor  # [B, M, P]: of each hidden patch
     target: torch.Tensor  # [B, M, P, D]: the normalised targets of the hidden patches
@@ -272,7 +272,7 @@ class Output(NamedTuple):
 
 
 class TIJEPA(nn.Module):
-    """The energy-based model of a picture and its caption. `encoders` (f_I, f_T) spares loading them."""
+    """The energy-based model of a picture and its caption. Given `encoders` (f_I, f_T), it loads none."""
 
     def __init__(self, config, encoders=None):
         super().__init__()
@@ -285,7 +285,7 @@ class TIJEPA(nn.Module):
         if c.mask == "before" and not isinstance(f_I.vit, timm.models.VisionTransformer):
             raise UserError(f"--mask before needs a plain ViT, not {type(f_I.vit).__name__}")
         self.context_encoder = FusionEncoder(f_I.dim, f_T.dim, c.dim, c.depth, c.heads)
-        # X~ starts as a copy of X. Neither has dropout, so train and eval mode are the same function.
+        # X~ starts as a copy of X. Neither has dropout: train and eval mode compute the same.
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
         self.whiten = nn.Linear(f_I.dim, f_I.dim) if c.target == "whitened" else nn.Identity()
         self.whiten.requires_grad_(False)
@@ -293,8 +293,8 @@ class TIJEPA(nn.Module):
         self.predictor = Predictor(f_I.grid, c.dim, width, c.predictor_depth, c.predictor_heads, target_dim)
 
     def forward(self, features, masks, visible=None):
-        """The trained half: Features of B pairs, and masks -> Output. Gradients reach X and g. `visible` is
-        given if another caption has needed it."""
+        """The trained half: Features of B pairs, and masks -> Output. Gradients reach X and g. Pass
+        `visible` (see the method) to compute it once for several captions."""
         with self.autocast():
             visible = self.visible(features, masks) if visible is None else visible  # [B, C, D_I]
             context = self.context_encoder(visible, features.s_text, features.text_mask)  # X: [B, C, D]
@@ -304,14 +304,14 @@ class TIJEPA(nn.Module):
         return Output(patch_energy.mean((1, 2)), patch_energy, target, prediction, context)
 
     def visible(self, features, masks):
-        """What X may see of the pictures: f_I's tokens of the context patches [B, C, D_I]."""
+        """X's image input: f_I's tokens of the context patches [B, C, D_I]."""
         if self.config.mask == "before":
             return self.encode_images(features.images, masks.context)
         return gather(features.s_image, masks.context)
 
     @torch.no_grad()
     def targets(self, features, masks):
-        """What g is to predict: X~'s tokens of the hidden patches, or f_I's, normalised -> [B, M, P, D]"""
+        """The targets of g: X~'s or f_I's tokens of the hidden patches, normalised -> [B, M, P, D]"""
         target = gather(features.s_image, masks.target.flatten(1))  # f_I's: fixed, blind to the caption
         if self.config.target == "ema":  # X~ mixes no patches, so the hidden ones suffice
             target = self.target_encoder(target, features.s_text, features.text_mask)  # X~: [B, M * P, D]
@@ -322,8 +322,8 @@ class TIJEPA(nn.Module):
         return target.unflatten(1, masks.target.shape[1:])  # [B, M, P, D]
 
     def fit_whitening(self, tokens):
-        """Set the map of target="whitened" by f_I's tokens [n, D_I]: (S + s I)^(-1/2) (t - mean), where S is
-        their covariance and s its mean eigenvalue. Directions in which tokens differ most count less then."""
+        """Fit the linear map of target="whitened" to f_I's tokens t [n, D_I]: (S + s I)^(-1/2) (t - mean).
+        S is their covariance, s its mean eigenvalue. Directions of large variance count less afterwards."""
         S, mean = torch.cov(tokens.T).double(), tokens.mean(0).double()
         values, vectors = torch.linalg.eigh(S)
         weight = vectors / (values + values.mean()).sqrt() @ vectors.T
@@ -331,7 +331,7 @@ class TIJEPA(nn.Module):
         self.whiten.bias.copy_(-weight @ mean)
 
     def draw_masks(self, batch, seed, step=0):
-        """Masks of this model's grid and share of visible patches, see sample_masks."""
+        """Masks for this model's grid and visible share; see sample_masks."""
         return sample_masks(self.grid, batch, seed, step, self.config.visible)
 
     def patch_energy(self, prediction, target):
@@ -340,24 +340,24 @@ class TIJEPA(nn.Module):
 
     @torch.no_grad()
     def measure(self, features, captions, draw=0):
-        """Features of I pictures and T captions, K lists [I] of captions -> K Outputs of I pairs, one by one.
-        All have the masks of this draw, so that energies are of the same patches, and one pass of f_I."""
+        """Features of I pictures and T captions, K lists [I] of captions -> yields K Outputs of I pairs.
+        All share one pass of f_I and the masks of this draw: their energies are of the same patches."""
         masks = self.draw_masks(1, draw).to(self.device)
         visible = self.visible(features, masks)  # [I, C, D_I]
         for of_each in captions:
             yield self(features.pair(slice(None), of_each), masks, visible)
 
     def energies(self, features, captions, draws):
-        """As `measure` -> [I, K]: energies, the mean over these draws of masks."""
+        """Arguments as of `measure` -> energies [I, K], each the mean over these draws of masks."""
         total = torch.zeros(len(features.s_image), len(captions), device=self.device)
         for draw in draws:
             for k, out in enumerate(self.measure(features, captions, draw)):
-                total[:, k] += out.energy  # in place: small tensors that stay would fragment the memory
+                total[:, k] += out.energy  # in place: keeping small tensors would fragment memory
         return total / len(draws)
 
     def score(self, images, texts, draws=8):
-        """images [B, 3, H, W] uint8, B strings -> [B]: each pair's energy, lower for a better match; the mean
-        over so many masks."""
+        """images [B, 3, H, W] uint8, B strings -> each pair's energy [B], the mean over `draws` masks.
+        Lower is a better match."""
         return self.energies(self.frozen_features(images, texts), [range(len(texts))], range(draws))[:, 0]
 
     def encode(self, images, texts):
@@ -368,7 +368,7 @@ class TIJEPA(nn.Module):
         return tokens, tokens.mean(1)
 
     def frozen_features(self, images, texts):
-        """images [B, 3, H, W] uint8, B strings -> Features. Raises UserError for others."""
+        """images [B, 3, H, W] uint8, B strings -> Features. Raises UserError for other shapes or types."""
         shape = [len(texts), 3, *self.image_encoder.input_size]
         if list(images.shape) != shape or images.dtype != torch.uint8 or isinstance(texts, str):
             raise UserError(f"pictures {list(images.shape)} {images.dtype} with {texts!r:.60}: f_I and f_T "
@@ -395,7 +395,7 @@ class TIJEPA(nn.Module):
         torch._foreach_add_(xi, list(self.context_encoder.parameters()), alpha=1 - momentum)
 
     def place(self, device, precision):
-        """To a device, with "auto" or a dtype's name for its forward passes -> self."""
+        """Move to a device; set the dtype of the forward passes ("auto" or a name) -> self."""
         self.dtype = pick_dtype(precision, device)
         return self.to(device)
 
@@ -413,14 +413,14 @@ class TIJEPA(nn.Module):
         return {**self.image_encoder.fingerprint(), **self.text_encoder.fingerprint()}
 
     def load_trained_state(self, state):
-        """Load the state dicts of what training changes, {name: state}, as a checkpoint has them."""
+        """Load a checkpoint's state dicts {name: state} of the modules in TRAINED."""
         for name in TRAINED:
             getattr(self, name).load_state_dict(state[name])
 
     @classmethod
     def from_checkpoint(cls, path, image_weights="", text_encoder=""):
-        """A file of pretrain.py -> (TIJEPA in eval mode, the file's contents). f_I and f_T may lie elsewhere
-        now. Raises UserError if they are not those that X was trained on."""
+        """A checkpoint of pretrain.py -> (TIJEPA in eval mode, the file's contents). The arguments say where
+        f_I and f_T lie now. Raises UserError if they are not those that X was trained on."""
         with checkpoint_errors(path):
             checkpoint = read_checkpoint(path)
             config = Config(**checkpoint["config"])
@@ -438,19 +438,19 @@ class TIJEPA(nn.Module):
 # ---- A regulariser, and measures of collapse ----
 def sigreg_term(context, seed, step, directions=256, knots=17):
     """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
-    on random directions, others at each step, are from a standard normal, by Epps and Pulley: B times the
-    integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), phi being the empirical characteristic function."""
+    on random directions (new at each step) are from a standard normal, by Epps and Pulley: B times
+    the integral of |phi(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2); phi is the empirical characteristic function."""
     z = context.float().mean(1)  # [B, D]
     a = F.normalize(torch.randn(z.shape[1], directions, generator=generator_of(seed, step)), dim=0)
     t = torch.linspace(0, 3, knots, device=z.device)
     angles = (z @ a.to(z.device))[:, :, None] * t  # [B, directions, knots]
     normal = torch.exp(-t.square() / 2)
     distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()  # [directions, knots]
-    return 2 * len(z) * torch.trapezoid(distance * normal, t).mean()  # twice that on t > 0, as it is even
+    return 2 * len(z) * torch.trapezoid(distance * normal, t).mean()  # even: twice the half t > 0
 
 
 def sample_std(tokens):
-    """tokens [B, ..., D] -> []: mean std over the B samples; 0 if only the position decides: collapse."""
+    """tokens [B, ..., D] -> []: mean std over the B samples. 0 is collapse: only the position decides."""
     return tokens.float().std(dim=0).mean()
 
 
@@ -466,9 +466,9 @@ def effective_rank(features):
 
 # ---- f_I and f_T: frozen ----
 class ImageEncoder(nn.Module):
-    """f_I: a timm ViT without its classifier, with its pretrained weights or those of the file `weights`:
-    timm's, I-JEPA's `.pth.tar`, or a file or folder of I-JEPA from the hub. Raises UserError if there is no
-    such ViT, or not all weights fit."""
+    """f_I: a timm ViT without its classifier. Its weights are the pretrained ones or those of `weights`:
+    timm's file, I-JEPA's `.pth.tar`, or a file or folder of I-JEPA from the hub. Raises UserError if there
+    is no such ViT, or if not all weights fit."""
 
     def __init__(self, name, weights="", pretrained=True):
         super().__init__()
@@ -485,7 +485,7 @@ class ImageEncoder(nn.Module):
                 with torch.device("meta" if weights else "cpu"):  # meta takes no memory
                     self.vit = timm.create_model(name, **options)
                 if weights:
-                    if list(self.vit.buffers()):  # which no file has
+                    if list(self.vit.buffers()):  # no file has them
                         self.vit = timm.create_model(name, **options)
                     load_weights(self.vit, Path(weights))
             self.prefix = self.vit.num_prefix_tokens  # class and register tokens; a Swin has no such number
@@ -494,7 +494,7 @@ class ImageEncoder(nn.Module):
         self.dim = self.vit.num_features
         config = timm.data.resolve_model_data_config(self.vit)
         self.input_size = tuple(self.vit.patch_embed.img_size)  # (height, width) in pixels
-        self.interpolation = config["interpolation"]  # with which pictures are resized to it
+        self.interpolation = config["interpolation"]  # how pictures are resized to it
         for name in ("mean", "std"):  # of pixels from 0 to 1, [3, 1, 1]
             self.register_buffer(name, torch.tensor(config[name])[:, None, None], persistent=False)
 
@@ -508,9 +508,9 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, index=None):
-        """images [B, 3, H, W] uint8 -> patch tokens [B, N, D_I]; of the patches index [B or 1, K] alone, as
-        if there were no others: [B, K, D_I] (as I-JEPA's VisionTransformer.forward with masks)."""
-        vit, pixels = self.vit.eval(), (images / 255 - self.mean) / self.std  # eval: after net.train(), too
+        """images [B, 3, H, W] uint8 -> patch tokens [B, N, D_I]. With index [B or 1, K], f_I sees only
+        these patches -> [B, K, D_I] (as I-JEPA's VisionTransformer.forward with masks)."""
+        vit, pixels = self.vit.eval(), (images / 255 - self.mean) / self.std  # eval, even after net.train()
         if index is None:
             return vit.forward_features(pixels)[:, self.prefix:]
         prefix, patches = vit._pos_embed(vit.patch_embed(pixels)).tensor_split([self.prefix], dim=1)
@@ -526,7 +526,7 @@ def toy_vit():
                                  num_heads=3, num_classes=0)
 
 
-# transformers' names of an I-JEPA encoder -> timm's, replaced in this order: some are parts of earlier ones
+# transformers' names in an I-JEPA encoder -> timm's. The order matters: some are parts of earlier names
 HUB_NAMES = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks",
              "embeddings.position_embeddings": "pos_embed", "layernorm_before": "norm1",
              "layernorm_after": "norm2", "layernorm": "norm", "attention.attention.query": "attn.qkv",
@@ -535,7 +535,7 @@ HUB_NAMES = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "enco
 
 
 def refuse_stand_ins(*paths):
-    """Raises ValueError for what some downloads leave in a file's place."""
+    """Raises ValueError for a web page or git-lfs pointer that a download left in a file's place."""
     for path in paths:
         with open(path, "rb") as file:
             if re.match(rb"(?i)\s*(<!doctype|<html|version https://git-lfs)", file.read(60)):
@@ -560,7 +560,7 @@ def load_weights(vit, path):
 
 class TextEncoder(nn.Module):
     """f_T: a BERT-like Hugging Face encoder and its tokenizer, by name or local folder. Raises UserError if
-    there is none or any weight is missing: transformers would fill it at random."""
+    it is not there or lacks a weight: transformers would fill the weight at random."""
 
     def __init__(self, name, vocabulary=()):
         super().__init__()
@@ -569,16 +569,16 @@ class TextEncoder(nn.Module):
             if name == "toy":
                 self.tokenizer, self.bert = toy_bert(vocabulary)
             else:
-                refuse_stand_ins(*filter(Path.is_file, Path(name).glob("*")))  # a name on the hub has none
+                refuse_stand_ins(*filter(Path.is_file, Path(name).glob("*")))  # none for a name on the hub
                 self.tokenizer = AutoTokenizer.from_pretrained(name)
-                # Where a folder has no tokenizer, transformers makes one up, of special tokens alone
+                # For a folder without tokenizer, transformers makes one of special tokens alone
                 known = self.tokenizer.get_vocab().keys() - self.tokenizer.all_special_tokens
                 words = self.tokenizer("a red dog", add_special_tokens=False)["input_ids"] if known else []
                 if not 2 * words.count(self.tokenizer.unk_token_id) < len(words) < 7:  # 8: letter by letter
                     raise ValueError("its tokenizer is not there, or knows no English word")
                 options = dict(dtype=torch.float32, output_loading_info=True)  # some are stored in 16 bits
                 self.bert, info = AutoModel.from_pretrained(name, **options)
-                self.bert.pooler = None  # above s_T; where a folder has none it would be random
+                self.bert.pooler = None  # above s_T; random if the folder has none
                 missing = [key for key in info["missing_keys"] if "pooler" not in key]
                 if missing:
                     raise ValueError(f"it lacks the weights {missing}")
@@ -597,7 +597,7 @@ class TextEncoder(nn.Module):
         config = json.loads(self.bert.config.to_json_string(use_diff=False))
         of_no_effect = {"_name_or_path", "transformers_version", "architectures", "dtype"}
         words = sorted(self.tokenizer.get_vocab().items())
-        # How capitals, accents, other scripts and signs are treated is not in the vocabulary.
+        # The vocabulary does not show how capitals, accents, other scripts and signs are treated.
         sample = ["Caf\u00e9, \u4f60\u597d: #Tag @user 3.14", *(word.upper() for word, _ in words[:200])]
         tokens = json.dumps([words, self.tokenize(sample)["input_ids"], self.max_tokens]).encode()
         return {"f_T weights": hash_weights(self.bert),
@@ -606,7 +606,7 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, texts, **options):
         """B strings -> the tokenizer's output, cut to `max_tokens`."""
-        # Without special tokens "" has no token at all, and attention over nothing is NaN.
+        # Without special tokens, "" would have no token, and attention over no token is NaN.
         texts = [text if text.strip() else self.tokenizer.unk_token or "." for text in texts]
         return self.tokenizer(texts, truncation=True, max_length=self.max_tokens, padding_side="right",
                               return_token_type_ids=False, **options)
@@ -640,24 +640,24 @@ def hash_weights(module):
 
 # ---- Checkpoints ----
 
-TRAINED = ("context_encoder", "target_encoder", "predictor", "whiten")  # what a checkpoint has the weights of
+TRAINED = ("context_encoder", "target_encoder", "predictor", "whiten")  # weights that a checkpoint stores
 CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skipped", "step", "start_share",
                    "model", "optimizer", "scaler", "running", "log")
 
 
 def read_checkpoint(path):
-    """What a file of pretrain.py holds, on the CPU. Runs no code from the file."""
+    """A checkpoint of pretrain.py -> its entries, on the CPU. Runs no code from the file."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     return {key: checkpoint[key] for key in CHECKPOINT_KEYS}
 
 
 def checkpoint_errors(path):
-    """A block in which what fails is the fault of this file: a UserError."""
+    """A block that reads this file: its errors become a UserError that names the file."""
     return user_errors(f"{path} is not a complete checkpoint of this version", "give another file or folder")
 
 
 def differences(then, now):
-    """The entries of two dicts that differ, in words. A key of only one is another library version's."""
+    """The entries of two dicts that differ, in words. Ignores keys of only one: library versions differ."""
     return ", ".join(f"{key} (then {str(then[key])[:60]}, now {str(now[key])[:60]})"
                      for key in now if key in then and then[key] != now[key])
 
@@ -665,14 +665,14 @@ def differences(then, now):
 # ---- Devices and errors ----
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
-# Of the hub, of its HTTP library (httpx or a successor), of safetensors: not all are OSErrors or ValueErrors
+# Errors of the hub, its HTTP library (httpx or a successor), safetensors: not all are OSError or ValueError
 HTTP = sys.modules[hub_errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]
 LIBRARY_ERRORS = SafetensorError, HTTP.HTTPError, HTTP.InvalidURL, hub_errors.StrictDataclassError
 OUT_OF_MEMORY = "out of memory|allocate memory|start new thread"  # the words of torch and of Python
 
 
 def pick_device(name="auto"):
-    """"auto" (cuda, mps or cpu, the first there is) or torch's name. Raises UserError."""
+    """"auto" (the first there is of cuda, mps, cpu) or torch's name -> device. Raises UserError."""
     if name == "auto":  # torch warns of a GPU whose driver is too old
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -683,7 +683,7 @@ def pick_device(name="auto"):
         device = torch.device("cuda", device.index or 0)  # set_device takes no device without a number
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-        # cuDNN plans its attention anew for each shape: five times as slow where shapes change each step
+        # cuDNN plans attention anew for each shape: five times as slow if shapes change each step
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
@@ -698,12 +698,12 @@ def pick_dtype(name, device):
 
 
 class UserError(Exception):
-    """What the user can mend: the message names the file or the option."""
+    """An error that the user can mend. Its message names the file or the option."""
 
 
 @contextmanager
 def user_errors(what, advice):
-    """A block where what loaders raise on a file that is not what it should be becomes a UserError."""
+    """A block that loads a file: what loaders raise on a wrong file becomes a UserError."""
     try:
         yield
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
@@ -712,6 +712,6 @@ def user_errors(what, advice):
             raise
         cause = f"({error.__cause__ or error.__context__ or ''})".replace("()", "")
         reason = " ".join(f"{type(error).__name__}: {error} {cause}".split())[:600]
-        if "weights_only" in reason:  # the advice of torch and timm is to run the file's code
+        if "weights_only" in reason:  # torch and timm advise to run the file's code
             reason = "it is no file of weights, or one that runs code"
         raise UserError(f"{what}: {reason}; {advice}") from error

@@ -5,34 +5,34 @@
     python pretrain.py --eval out/toy/checkpoint.pt
     python pretrain.py --eval out/toy/checkpoint.pt --image a.jpg --captions "red bars ..." "navy tiles ..."
 
-The first writes OUT/checkpoint.pt, which has all that an exact --resume needs, curves.png and its log,
-log.jsonl: a line each --log_every steps, printed at once, written with checkpoints. Of training:
+The first writes OUT/checkpoint.pt (all that an exact --resume needs), curves.png and log.jsonl. This log has
+a line each --log_every steps, printed at once, written with checkpoints. Its columns on training:
 
     step, epoch        optimiser steps and passes over the images done
     loss               mean of the loss since the last line; no evidence: it also falls in a collapse
     lr, wd, momentum   learning rate, weight decay and EMA momentum of this step
-    start_share        share of its random start that is still in X~: the product of all momenta
+    start_share        share of X~ that is still its random start: the product of all momenta
     grad_norm          norm of all gradients of this step before clipping; null if it is not finite
-    skipped_steps      steps that the GradScaler skipped, as their gradients overflowed float16
+    skipped_steps      steps that the GradScaler skipped because gradients overflowed float16
     images_per_s, data_wait   speed, and share of time spent waiting for features
 
-and of the held-out images, with the same masks each time (these are the evidence):
+and on the held-out images, with the same masks each time (these are the evidence):
 
     energy_matched     mean energy of the images with their own captions
     energy_mismatched  the same with the caption of another image; the gap is what the caption brings
     pair_accuracy      share of images whose own caption has the lower energy of the two: 0.5 is chance
-    energy_position    the energy of predicting the other images' mean target at each position: as high an
-                       energy means that neither visible patches nor caption are of use
+    energy_position    energy of a guess, the other images' mean target at each position: if energy_matched
+                       is as high, neither visible patches nor caption help
     target_std, prediction_std   mean std of each over the images: at most about 1; 0 is collapse
     target_rank        effective rank of the images' mean targets: near 1 is dimensional collapse
 
-With --target image the targets are fixed: there a collapse shows in prediction_std and in the gap. --eval
-writes energies.png, masks.png, maps.png (which patches the caption decides) and, from every held-out image
-with every held-out caption over several masks, eval.json (what is not named here is as in the log):
+With --target image or whitened, targets are fixed: a collapse shows in prediction_std and in the gap. --eval
+writes energies.png, masks.png, maps.png (which patches the caption decides) and eval.json, which pairs every
+held-out image with every held-out caption, over several masks. Figures not named here are as in the log:
 
-    auc                chance that an image's own caption has a lower energy than another's, over all of them
-    recall@1, @5       share of images whose own caption is the one, or among the five, of lowest energy
-    contrastive_...    these figures of the yardstick, two linear layers; see contrastive_similarity
+    auc                chance that an image's own caption has a lower energy than another's, over all others
+    recall@1, @5       share of images whose own caption has the lowest energy, or one of the five lowest
+    contrastive_...    the same for the yardstick, two linear layers; see contrastive_similarity
 """
 import argparse
 import atexit
@@ -49,7 +49,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "agg"  # a notebook's is not always there, and figures go to files
+os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend may be missing
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -65,25 +65,25 @@ import data
 import model
 from model import UserError
 
-# Of the learning rate and the weight decay, as in I-JEPA's configs/in1k_vith14_ep300.yaml
+# Learning rate and weight decay, as in I-JEPA's configs/in1k_vith14_ep300.yaml
 START_LR, FINAL_LR, WARMUP = 2e-4, 1e-6, 0.1  # linear to --lr in this share of the steps, then a cosine
 START_WD, FINAL_WD = 0.04, 0.4  # a cosine over all steps
 # Training defaults of the presets; the paper's three follow the authors' script (batches of 10 x 60)
 PAPER = dict(epochs=300, batch_size=600, accumulate=10, max_images=10000, log_every=10)
 PRESETS = {
-    # So long that less than 5 % of its random start is left in X~: exp(-(1 - momentum) * steps / 2)
+    # So long that less than 5 % of X~ is still its random start: exp(-(1 - momentum) * steps / 2)
     "toy": dict(epochs=40, batch_size=32, log_every=124, momentum=0.994),
     "tiny": dict(epochs=30, batch_size=16, log_every=168),
     "small": PAPER, "medium": PAPER, "large": PAPER,
 }
 SHOWN = "loss", "energy_matched", "energy_mismatched", "pair_accuracy"  # of a log line, on the terminal
-# Options and parts of Config that --resume may find changed: of no effect, or compared by contents
+# Options and parts of Config that may change before --resume: no effect, or compared by contents
 FREE = {"out", "coco", "device", "cache", "accumulate", "resume", "bench", "eval", "eval_masks",
         "image", "captions", "image_weights", "text_encoder", "dtype", "vocabulary"}
 
 
 def parse_args(argv=None):
-    """Two passes, so that --help shows the defaults of the preset that is named."""
+    """Two passes: the first finds the preset, so that --help shows its defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="toy", help="architecture, training defaults")
     preset = first.parse_known_args(argv)[0].preset
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     add("--text_encoder", default="", help=f"f_T by name or folder (empty: {config.text_encoder})")
     add("--loss", choices=model.LOSSES, default=config.loss, help="error that is the energy")
     add("--target", choices=("ema", "image", "whitened"), default=config.target, help="X~'s tokens or f_I's")
-    add("--mask", choices=("after", "before"), default=config.mask, help="after or before f_I")
+    add("--mask", choices=("after", "before"), default=config.mask, help="mask after or before f_I")
     add("--visible", **number(float, 1e-6, 1), default=config.visible, help="share of a context that X gets")
     add("--sigreg", **number(float, 0), default=0.0, help="weight of LeJEPA's term on X's output")
     add("--shuffle_captions", action="store_true", help="control: train with other images' captions")
@@ -110,13 +110,13 @@ def parse_args(argv=None):
     add("--accumulate", **number(int, 1), default=1, help="micro-batches of each process: less memory")
     add("--lr", **number(float, 1e-12), default=1e-3, help="learning rate after the warm-up")
     add("--momentum", **number(float, 0, 1), default=0.996, help="EMA momentum at the first step")
-    add("--final_momentum", **number(float, 0, 1), default=1.0, help="at the last (both 0: X~ is X)")
+    add("--final_momentum", **number(float, 0, 1), default=1.0, help="at the last step (both 0: X~ is X)")
     add("--clip", **number(float, 1e-12), default=1.0, help="largest gradient norm")
     add("--seed", **number(int, 0, 2 ** 31 - 1), default=0, help="of weights, order, captions and masks")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=model.DTYPES, default="auto", help="auto: 16 bits on CUDA, else float32")
     add("--cache", default="data/cache", help="folder for the features of the frozen encoders")
-    add("--log_every", **number(int, 1), help="steps between log lines; one an epoch saves")
+    add("--log_every", **number(int, 1), help="steps between log lines; the first past an epoch saves")
     add("--resume", action="store_true", help="resume from OUT/checkpoint.pt if it is there")
     add("--bench", action="store_true", help="measure how long the preset takes; needs no data")
     add("--eval", default="", metavar="CHECKPOINT", help="measure the energies of this checkpoint")
@@ -144,7 +144,7 @@ def warmup_cosine(step, total, warmup, start, peak, final):
 
 
 def main(args):
-    """Pretrain -> exit code: 0, or 128 and the number of the signal that stopped it."""
+    """Pretrain -> exit code: 0, or 128 + the number of the signal that stopped it."""
     # -- processes: with torchrun, this one trains on its share of each batch
     rank, world_size, device = join_processes(args)
     micro_batches = split_batch(args, rank, world_size)
@@ -160,7 +160,7 @@ def main(args):
     if args.target == "whitened":
         tokens = torch.from_numpy(cache.map("image.float16")[train_images[:256]]).float()  # [256, N, D_I]
         net.fit_whitening(tokens.flatten(0, 1))
-    steps_per_epoch = len(train_images) // args.batch_size  # what is left of an epoch fills no batch
+    steps_per_epoch = len(train_images) // args.batch_size  # drops the last, incomplete batch
     steps = args.epochs * steps_per_epoch
     if not steps:
         raise UserError(f"--batch_size {args.batch_size} is above the {len(train_images)} images to train on")
@@ -179,7 +179,7 @@ def main(args):
     held_features = next(cache.batches([(held_out, cache.first[held_out])]))  # each with its first caption
 
     # -- the state of the run: from the start, or from its checkpoint
-    first_step, log, start_share = 0, [], 1.0  # start_share: how much of its random start is left in X~
+    first_step, log, start_share = 0, [], 1.0  # start_share: share of X~ that is its random start
     running = torch.zeros(2)  # loss since the last log line, skipped steps so far
     if args.resume and data.is_file(path):
         with model.checkpoint_errors(path):
@@ -209,9 +209,9 @@ def main(args):
         masks = net.draw_masks(args.batch_size, args.seed, step)
         return masks.pin() if device.type == "cuda" else masks
 
-    # Lazy: the next features and masks are made in threads while these are trained on
+    # Lazy: threads make the next features and masks during the current step
     batches, all_masks = cache.batches(draws()), data.read_ahead(masks_of, range(first_step, steps))
-    line_time, waited = time.time(), 0.0  # of the last log line; seconds without features or masks since then
+    line_time, waited = time.time(), 0.0  # time of the last log line; seconds spent waiting since then
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
             # -- schedules and masks of this step
@@ -248,7 +248,7 @@ def main(args):
             if scaler.is_enabled():
                 running[1] += (~grad_norm.isfinite()) / world_size  # the same norm in all processes
 
-            # -- when due a log line; with the first past an epoch's end, and when stopped, a checkpoint
+            # -- a log line when due; a checkpoint with the first past an epoch's end, and when stopped
             done = step + 1
             stop = all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX).item()
             log_now = done % args.log_every == 0 or done == steps
@@ -274,7 +274,7 @@ def main(args):
                 running[0] = 0
                 line_time, waited = time.time(), 0.0
             if stop or done // steps_per_epoch > last // steps_per_epoch:
-                # All that the rest depends on: pairs, schedules and masks are functions of the step
+                # All that later steps depend on: pairs, schedules and masks are functions of the step
                 state = {**constant, "step": done, "start_share": start_share, "running": all_reduce(running),
                          "model": {name: getattr(net, name).state_dict() for name in model.TRAINED},
                          "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "log": log}
@@ -298,7 +298,7 @@ def main(args):
 
 # ---- Does the energy mean anything? Held-out pairs, matched and mismatched ----
 def wins(own, other):
-    """Energies -> 1 where the own caption's is the lower, 0 where not, 0.5 for a tie."""
+    """Energies of own and other captions -> 1 where the own is lower, 0 where higher, 0.5 for a tie."""
     return torch.heaviside(other - own, own.new_tensor(0.5))
 
 
@@ -306,7 +306,7 @@ def held_out_metrics(net, features):
     """The held-out part of a log line; see the top of this file."""
     own = np.arange(n := len(features.s_image))
     (energy, _, target, prediction, _), (mismatched, *_) = net.measure(features, [own, own - 1])
-    # One draw of masks for all: [:, m, p] is the same patch in each. An image's own target is left out.
+    # All images share the masks: [:, m, p] is one patch. The mean leaves out the image's own target.
     others = (target.sum(0) - target) / (n - 1)
     metrics = dict(energy_matched=energy.mean(), energy_mismatched=mismatched.mean(),
                    pair_accuracy=wins(energy, mismatched).mean(),
@@ -323,12 +323,12 @@ def energy_matrix(net, features, draws):
 
 
 def energy_maps(net, features, captions, least=8):
-    """Features of I pictures, K lists [I] of captions -> [I, K, N]: each patch's mean energy, of the masks
-    that hide it, `least` or more."""
+    """Features of I pictures, K lists [I] of captions -> each patch's energy [I, K, N]: the mean over the
+    target blocks that hide it, `least` or more."""
     I, N = features.s_image.shape[:2]
     total, count, draw = torch.zeros(I, len(captions), N), torch.zeros(N), 0
     while count.min() < least:
-        hidden = net.draw_masks(1, draw).target.flatten()  # [M * P]: of the next line
+        hidden = net.draw_masks(1, draw).target.flatten()  # [M * P]: its patches
         patches = [out.patch_energy.flatten(1) for out in net.measure(features, captions, draw)]
         total.index_add_(2, hidden, torch.stack(patches, dim=1).float().cpu())  # [I, K, M * P]
         count += torch.bincount(hidden, minlength=N)
@@ -338,7 +338,7 @@ def energy_maps(net, features, captions, least=8):
 
 def retrieval_metrics(energies):
     """Energies [I, I], the matched pairs on the diagonal -> the figures of --eval. A tie is half a win for
-    the AUC and a loss for recall, so that a constant energy scores as what it is worth."""
+    the AUC and a loss for recall: a constant energy gets the AUC of chance and no recall."""
     if not energies.isfinite().all():
         raise FloatingPointError("an energy is not finite: try --dtype float32, or train again")
     n = len(energies)
@@ -350,9 +350,9 @@ def retrieval_metrics(energies):
 
 
 def contrastive_similarity(cache, train, held_out, seed, most_epochs=30):
-    """The yardstick: what anybody would use instead of the energy. Two linear layers on the standardised mean
+    """The yardstick: the usual alternative to the energy. Two linear layers on the standardised mean
     tokens of f_I and f_T, trained by InfoNCE (CLIP's loss) on the pairs `train` -> the similarities of the
-    held-out pictures and captions [I, I]. It takes as many epochs as are best for a tenth of `train`."""
+    held-out pictures and captions [I, I]. The number of epochs is the best for a tenth of `train`."""
     images, texts = cache.means()
     captions = np.concatenate([np.arange(cache.first[i], cache.first[i + 1]) for i in train])
     images, texts = ((x - x[rows].mean(0)) / x[rows].std(0).clamp_min(1e-6)
@@ -392,7 +392,7 @@ def evaluate(args):
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
     net.place(model.pick_device(args.device), args.dtype)
     folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)  # without its lock: a run may be evaluated as it trains
+    folder.mkdir(parents=True, exist_ok=True)  # no lock: a run may be evaluated while it trains
     if args.image:
         return rank_captions(args, net)
     names, coco = checkpoint["held_out"], args.coco or checkpoint["coco"]  # {file name of an image: its hash}
@@ -418,7 +418,7 @@ def evaluate(args):
     plot_masks(pictures[:3], captions, net, folder / "masks.png")
     own = np.arange(len(first))
     plot_maps(net, pictures, features.pair(own, own), [own, own - 1], captions, folder / "maps.png")
-    # The last file: when it is there, all are
+    # Written last: when it is there, all files are
     data.write_json(folder / "eval.json", {**figures, "skipped": checkpoint["skipped"]})
     print(f"eval {args.eval}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
@@ -438,7 +438,7 @@ def rank_captions(args, net):
 
 # ---- A run: its model, its identity, its processes, its end ----
 def make_config(args, items):
-    """The model's Config by the arguments. Only the toy text encoder needs the captions' words."""
+    """Arguments, items -> the model's Config. Only the toy text encoder needs the captions' words."""
     preset, words = model.PRESETS[args.preset], set()
     f_T = args.text_encoder or preset.text_encoder
     if f_T == "toy":
@@ -452,14 +452,14 @@ def make_config(args, items):
 
 
 def build_optimizer(net):
-    """AdamW over X and g: first the group that is decayed, then biases and norms. The loop sets lr and wd."""
+    """AdamW over X and g. Groups: weights (decayed), then biases and norms. The loop sets lr and wd."""
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim <= 1]}]
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=net.device.type == "cuda")
 
 
 def run_identity(args, net, items, cache):
-    """All that decides how a run ends: {name: value}."""
+    """All that decides the result of a run: {name: value}."""
     options = {f"--{name}": value for name, value in vars(args).items() if name not in FREE}
     config = {name: value for name, value in asdict(net.config).items() if name not in {*FREE, *vars(args)}}
     pairs = [(path.name, digest) for (path, _), digest in zip(items, cache.digests)]  # with captions
@@ -467,7 +467,7 @@ def run_identity(args, net, items, cache):
 
 
 def join_processes(args):
-    """(rank, world size, device): a process for each GPU, or all on what --device names."""
+    """-> (rank, world size, device). Each process has its own GPU, or all share --device."""
     if not dist.is_torchelastic_launched():  # not by torchrun, whatever variables other launchers set
         return 0, 1, model.pick_device(args.device)
     own_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
@@ -481,14 +481,14 @@ def join_processes(args):
 
 def all_reduce(value, op=dist.ReduceOp.SUM):
     """The sum (or another `op`) of a tensor over all processes, on the CPU."""
-    value = value.cpu().clone()  # what is on the CPU would be changed in place
+    value = value.cpu().clone()  # all_reduce changes a CPU tensor in place
     if dist.is_initialized():
         dist.all_reduce(value, op)
     return value
 
 
 def require_equal(*values):
-    """Raises UserError unless these are the same in all processes: else one would wait for ever."""
+    """Raises UserError unless all processes have the same values: else one would wait for ever."""
     if dist.is_initialized():
         hashes = [None] * dist.get_world_size()
         dist.all_gather_object(hashes, data.digest(*values))
@@ -497,11 +497,11 @@ def require_equal(*values):
 
 
 def split_batch(args, rank, world_size):
-    """The equal slices of a batch that this process takes, one a forward pass. Raises UserError."""
+    """This process's equal slices of a batch, one for each forward pass. Raises UserError."""
     micro, remainder = divmod(args.batch_size, args.accumulate * world_size)
     if remainder:
         raise UserError(f"--batch_size {args.batch_size} is no multiple of --accumulate x processes")
-    if args.sigreg and micro < args.batch_size:  # it would see only a part
+    if args.sigreg and micro < args.batch_size:  # each would see a part
         raise UserError("--sigreg needs the whole batch: one process and --accumulate 1")
     first = rank * args.accumulate
     return [slice(n * micro, (n + 1) * micro) for n in range(first, first + args.accumulate)]
@@ -509,7 +509,7 @@ def split_batch(args, rank, world_size):
 
 @contextmanager
 def catch_signals():
-    """Inside, Ctrl-C and SIGTERM are only noted in a list; the next Ctrl-C ends the process."""
+    """Inside, Ctrl-C and SIGTERM only add to a list. After the first, Ctrl-C ends the process."""
     signals = []
 
     def note(number, frame):
@@ -518,7 +518,7 @@ def catch_signals():
 
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, note))  # the handler before
+            stack.callback(signal.signal, number, signal.signal(number, note))  # restores the old
         yield signals
 
 
@@ -530,8 +530,8 @@ PARTS = ("masks", "forward", "backward", "optimiser", "EMA")  # of a step
 
 
 def bench(args, rounds=50, limit=20):
-    """The --bench command: time so many rounds or seconds on random features; print what a run takes."""
-    split_batch(args, 0, 1)  # refuses what training does
+    """The --bench command: time `rounds` steps or `limit` seconds on random data; print what a run takes."""
+    split_batch(args, 0, 1)  # raises what training would
     pairs = args.max_images or (1100 if args.preset == "toy" else 118287)  # all of COCO
     held_out = args.held_out or data.default_held_out(pairs)
     steps = args.epochs * ((pairs - held_out) // args.batch_size)
@@ -539,7 +539,7 @@ def bench(args, rounds=50, limit=20):
         raise UserError("--bench takes the preset's f_T, and more images than --held_out and a --batch_size")
     device, config = model.pick_device(args.device), make_config(args, [])
     f_I, f_T = model.ImageEncoder(config.image_encoder, pretrained=False), torch.nn.Module()
-    f_T.dim = model.TEXT_DIMS[model.PRESETS[args.preset].text_encoder]  # it is not built
+    f_T.dim = model.TEXT_DIMS[model.PRESETS[args.preset].text_encoder]  # only its width is used
     net = model.TIJEPA(config, (f_I, f_T)).place(device, args.dtype)
     optimizer = build_optimizer(net)
     B, N = args.batch_size // args.accumulate, math.prod(net.grid)
@@ -556,7 +556,7 @@ def bench(args, rounds=50, limit=20):
     rows, start = [], now()  # a row for each round: the time before its parts and after each
     while len(rows) <= rounds and (len(rows) < 2 or now() - start < limit):
         row = [now()]
-        masks = net.draw_masks(B, args.seed, len(rows)).to(device)  # of other sizes each time
+        masks = net.draw_masks(B, args.seed, len(rows)).to(device)  # new sizes each time
         row.append(now())
         loss = net(features, masks).energy.mean()
         row.append(now())
@@ -604,7 +604,7 @@ def bench(args, rounds=50, limit=20):
 
 # ---- Something to look at ----
 def plot_curves(log, path):
-    """The log lines -> a picture of the numbers against the step; null is a gap."""
+    """Log lines -> a figure of the numbers against the step; null is a gap."""
     panels = {"training loss, held-out energies": "loss energy_matched energy_mismatched energy_position",
               "pair accuracy (chance: 0.5)": "pair_accuracy",
               "std over held-out images": "target_std prediction_std",
@@ -631,7 +631,7 @@ def plot_energies(energies, title, path):
 
 
 def show(axis, pixels, title, grid, **scale):
-    """A picture, or by a colour scale a map of its patches, in units of patches; a title of two lines."""
+    """Draw a picture, or with a colour scale a map of patches; in units of patches, title of two lines."""
     shown = axis.imshow(pixels, extent=(0, grid[1], grid[0], 0), **scale)
     if scale:
         axis.figure.colorbar(shown, ax=axis, shrink=0.8)
@@ -640,8 +640,8 @@ def show(axis, pixels, title, grid, **scale):
 
 
 def plot_masks(pictures, captions, net, path):
-    """Pixels [3, H, W] and captions -> each picture, the patches that X sees, those in target blocks."""
-    figure = Figure((8, round(2.8 * len(pictures), 1)), layout="constrained")  # else 839 pixels, not 840
+    """Pixels [3, H, W] and captions -> rows of a picture, the patches that X sees, its target blocks."""
+    figure = Figure((8, round(2.8 * len(pictures), 1)), layout="constrained")  # 840 pixels, not 839
     rows = figure.subplots(len(pictures), 3, squeeze=False)
     titles = "context: what X sees", "target blocks: what is predicted (brighter: by several)"
     for draw, (picture, caption, axes) in enumerate(zip(pictures, captions, rows)):
@@ -655,8 +655,8 @@ def plot_masks(pictures, captions, net, path):
 
 
 def plot_maps(net, pictures, features, captions, titles, path):
-    """Pixels [3, H, W], Features, two lists of captions, the captions' titles -> of each picture the energy
-    of each patch with its first and its second caption, and the difference."""
+    """Pixels [3, H, W], Features, two lists of captions, the captions' titles -> rows of a picture, each
+    patch's energy with the first and with the second caption, and the difference."""
     maps = energy_maps(net, features, captions).unflatten(-1, net.grid).numpy()  # [I, 2, rows, columns]
     figure = Figure((10, 2.7 * len(pictures)), layout="constrained")
     rows = figure.subplots(len(pictures), 4, squeeze=False)
