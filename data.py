@@ -348,10 +348,11 @@ def load_posts(folder):
     path = Path(folder).resolve() / "posts.csv"
     reader = csv.DictReader(StringIO(decode_text(read_file(path) or b""), newline=""))
     try:
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from error
-    if not {"image", "text", "label"} <= set(reader.fieldnames or ()):
+    if not {"image", "text", "label"} <= set(reader.fieldnames):
         raise UserError(f"{path} is no file that begins with image,text,label or image,text,label,split")
     posts, skipped = [], Counter()
     for n, row in rows:  # a field that the line lacks is None
@@ -647,7 +648,7 @@ def named(path):
 def is_file(path):
     """Whether a regular file is there: no folder, no pipe (reading it might never end). Raises OSError if the
     disk fails; Path.is_file may say no."""
-    with suppress(FileNotFoundError, NotADirectoryError):
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no name for a file
         return stat.S_ISREG(path.stat().st_mode)
 
 

@@ -1635,7 +1635,7 @@ def test_other_posts_are_judged_as_mvsa_and_lines_of_no_use_are_named(toy, pretr
              for n, part in enumerate(20 * ["train"] + 8 * ["validation"] + 12 * ["test"], start=1)]
     wrong = ["none.jpg", "", "10", "", "test"], ["a b/1.jpg", "", " ", "", "test"], ["a b/1.jpg", ""]
     with open(folder / "posts.csv", "w", newline="", encoding="utf-8-sig") as file:
-        csv.writer(file).writerows([["image", "text", "label", "more", "split"][:4 + split], *posts,
+        csv.writer(file).writerows([["image", "Text ", "label", "more", "split"][:4 + split], *posts,
                                     *(line[:4 + split] for line in wrong),
                                     *[["a b/1.jpg", "", "10", "", "dev"]] * split])
     out = ["--posts", folder, "--out", tmp_path / "out", "--protocol", protocol]
