@@ -159,8 +159,11 @@ class FeatureCache:
             self.pictures = list(pool.map(lambda item: digest(read_file(item[0])), items))
         self.digests = [digest(picture, captions) for picture, (_, captions) in zip(self.pictures, items)]
         texts = [text for _, captions in items for text in captions]
-        batches = (texts[n:n + 1000] for n in range(0, len(texts), 1000))  # all at once would take GBs
-        tokens = [len(ids) for batch in batches for ids in net.text_encoder.tokenize(batch)["input_ids"]]
+        tokens, unknown = [], 0  # of each text; of all
+        for n in range(0, len(texts), 1000):  # all at once would take GBs
+            ids = net.text_encoder.tokenize(texts[n:n + 1000])["input_ids"]
+            tokens += map(len, ids)
+            unknown += sum(one.count(net.text_encoder.tokenizer.unk_token_id) for one in ids)
         self.offsets = np.cumsum([0, *tokens])
         self.first = np.cumsum([0, *(len(captions) for _, captions in items)])
         self.encoders = net.fingerprint()  # with f_I's size, interpolation, mean and std
@@ -180,6 +183,8 @@ class FeatureCache:
         longest = net.text_encoder.max_tokens
         cut = sum(length >= longest for length in tokens)
         note = f"; {cut} have {longest} tokens or more: f_T reads {longest}" if cut else ""
+        if 20 * unknown > sum(tokens):
+            note += f"; f_T does not know {unknown / sum(tokens):.0%} of their tokens"
         print(f"features: {self.folder}, {len(items)} images ({len(self.unreadable)} unreadable), "
               f"{len(texts)} texts{note}")
 
