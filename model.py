@@ -574,7 +574,7 @@ class TextEncoder(nn.Module):
                 # For a folder without tokenizer, transformers makes one of special tokens alone
                 known = self.tokenizer.get_vocab().keys() - self.tokenizer.all_special_tokens
                 words = self.tokenizer("a red dog", add_special_tokens=False)["input_ids"] if known else []
-                if not 2 * words.count(self.tokenizer.unk_token_id) < len(words) < 7:  # more: letter by letter
+                if not 2 * words.count(self.tokenizer.unk_token_id) < len(words) < 7:  # 9: by letters
                     raise ValueError("its tokenizer is not there, or knows no English word")
                 options = dict(dtype=torch.float32, output_loading_info=True)  # some are stored in 16 bits
                 self.bert, info = AutoModel.from_pretrained(name, **options)

@@ -555,7 +555,7 @@ def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, 
     texts = ["red " * 62, "red " * 61, *198 * ["xyzzy"]]  # [CLS] and [SEP] count as well
     cache = data.FeatureCache(tmp_path / "cache", [(path, texts) for path in paths], encoded.net)
     assert list(cache.unreadable) == [0, 1, 2]
-    said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64; f_T does not know 27% of"
+    said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64; f_T does not know 27%"
     assert said in capsys.readouterr().out
     monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))  # is not the picture's fault
     assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == 2
