@@ -333,6 +333,13 @@ def save_text_encoder(folder, words=WORDS, file="config.json", **edit):
     (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **edit}))
 
 
+def test_frozen_encoders_have_no_dropout_in_train_mode_either(net):
+    net.train()
+    assert torch.equal(net.encode_texts(TEXTS)[0], net.encode_texts(TEXTS)[0])  # BERT has dropout
+    net.encode_images(IMAGES)
+    assert not net.image_encoder.vit.training
+
+
 def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path):
     vit = timm.create_model("test_vit", num_classes=0).state_dict()
     del vit["blocks.1.attn.proj.weight"]
@@ -1796,6 +1803,7 @@ def test_make_says_what_it_would_run_or_lacks_and_evaluates_a_checkpoint_once(tm
             ("-n reproduce VENV= PRESET=toy",
              '[ "out/toy/eval.json" -nt "out/toy/checkpoint.pt" ] || "python3" pretrain.py')):
         assert says in make(words).stdout
+    assert "preset small" in execute("env", "COCO=/no", "make", "check-preset", cwd=HERE).stdout
     (tmp_path / "requirements.txt").write_text("numpy>=1\ntorch>=99\nno-such>=1\n")
     lacks = make(f"-C {tmp_path} -f '{HERE}/Makefile' packages VENV= 'PYTHON3={sys.executable}'")
     assert " lacks torch>=99, no-such>=1;" in lacks.stderr and lacks.returncode == 2
