@@ -860,6 +860,11 @@ def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
         assert [part.tolist() for part in parts] == [list(range(20)), [20, 21, 22, 23], [24, 25, 26, 27]]
         assert counts == {"listed, but not among the posts": 1, "not listed, so not used": 2,
                           "labelled otherwise there": label, "listed twice": 0}
+    linked = tmp_path / "linked"
+    (linked / "a").mkdir(parents=True)
+    for link, to in (("a/b", root), ("a/loop", linked), ("loop", linked)):
+        (linked / link).symlink_to(to)
+    assert [len(part) for part in data.clmlf_split(linked, given)[0]] == [20, 4, 4]
     write_split(tmp_path / "twice", entries[:20], entries[20:24], entries[23:])
     write_split(tmp_path / "bad", entries[:20], [("1", None)], entries[20:])
     for folder, given, words in (
