@@ -865,6 +865,7 @@ def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
     for link, to in (("a/b", root), ("a/loop", linked), ("loop", linked)):
         (linked / link).symlink_to(to)
     assert [len(part) for part in data.clmlf_split(linked, given)[0]] == [20, 4, 4]
+    shutil.rmtree(linked)
     write_split(tmp_path / "twice", entries[:20], entries[20:24], entries[23:])
     write_split(tmp_path / "bad", entries[:20], [("1", None)], entries[20:])
     for folder, given, words in (
