@@ -350,7 +350,7 @@ def load_mvsa(folder):
 def load_posts(folder):
     """A folder's posts.csv, with the header image,text,label or image,text,label,split -> its posts, Counter
     of what was skipped, its labels. Prints the lines it skips. Raises UserError if there is no post."""
-    path = Path(folder).resolve() / "posts.csv"
+    path = Path(folder) / "posts.csv"
     reader = csv.DictReader(StringIO(decode_text(read_file(path) or b""), newline=""))
     try:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]

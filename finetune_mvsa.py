@@ -127,11 +127,12 @@ def split_posts(posts, args):
     repeat a training post (of a published split only)."""
     labels, groups, notes = [post.label for post in posts], None, Counter()
     if args.protocol == "standard" and (args.split or posts[0].part):
-        parts = [np.flatnonzero([post.part == part for post in posts]) for part in data.PARTS]
         if args.split:
             parts, notes = data.clmlf_split(args.split, posts)
-        if not all(map(len, parts)):
-            raise UserError(f"{args.posts}: one of {data.PARTS} has no readable post")
+        else:
+            parts = [np.flatnonzero([post.part == part for post in posts]) for part in data.PARTS]
+            if not all(map(len, parts)):
+                raise UserError(f"{args.posts}: one of {data.PARTS} has no readable post")
         repeats = data.repeats(posts, *parts)
         for name, repeated in zip(("validation", "test"), repeats):
             notes.update(f"{name} posts with the {what} of a training post" for what, _ in repeated)

@@ -190,9 +190,6 @@ class Masks(NamedTuple):
     context: torch.Tensor  # [B, C]
     target: torch.Tensor  # [B, M, P]
 
-    def pin(self):
-        return Masks(*(index.pin_memory() for index in self))
-
     def to(self, device):
         return Masks(*(index.to(device, non_blocking=True) for index in self))
 
@@ -331,8 +328,9 @@ class TIJEPA(nn.Module):
         self.whiten.bias.copy_(-weight @ mean)
 
     def draw_masks(self, batch, seed, step=0):
-        """Masks for this model's grid and visible share; see sample_masks."""
-        return sample_masks(self.grid, batch, seed, step, self.config.visible)
+        """Masks for this model's grid and visible share (see sample_masks), pinned for a model on a GPU."""
+        masks = sample_masks(self.grid, batch, seed, step, self.config.visible)
+        return Masks(*(index.pin_memory() for index in masks)) if self.device.type == "cuda" else masks
 
     def patch_energy(self, prediction, target):
         """Two tensors [B, M, P, D] -> [B, M, P]: the mean squared (or smooth L1) error, in float32."""
@@ -710,8 +708,9 @@ def user_errors(what, advice):
             AssertionError, ImportError, pickle.UnpicklingError, *LIBRARY_ERRORS) as error:
         if re.search(OUT_OF_MEMORY, str(error)):
             raise
-        cause = f"({error.__cause__ or error.__context__ or ''})".replace("()", "")
-        reason = " ".join(f"{type(error).__name__}: {error} {cause}".split())[:600]
+        cause = error.__cause__ or error.__context__
+        reason = f"{type(error).__name__}: {error}" + (f" ({cause})" if cause else "")
+        reason = " ".join(reason.split())[:600]
         if "weights_only" in reason:  # torch and timm advise to run the file's code
             reason = "it is no file of weights, or one that runs code"
         raise UserError(f"{what}: {reason}; {advice}") from error

@@ -205,12 +205,10 @@ def main(args):
             first = step % steps_per_epoch * args.batch_size
             yield from ((images[first:][part], captions[first:][part]) for part in micro_batches)
 
-    def masks_of(step):
-        masks = net.draw_masks(args.batch_size, args.seed, step)
-        return masks.pin() if device.type == "cuda" else masks
-
     # Lazy: threads make the next features and masks during the current step
-    batches, all_masks = cache.batches(draws()), data.read_ahead(masks_of, range(first_step, steps))
+    all_masks = data.read_ahead(lambda step: net.draw_masks(args.batch_size, args.seed, step),
+                                range(first_step, steps))
+    batches = cache.batches(draws())
     line_time, waited = time.time(), 0.0  # time of the last log line; seconds spent waiting since then
     with catch_signals() as signals:
         for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
