@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
@@ -147,40 +146,38 @@ def split_posts(posts, args):
 
 
 # ---- Features -> predictions. Functions get all labels, but never use a test post's ----
-def fit_probe(x, y, train, validation):
-    """Features [P, D], labels [P] -> the linear probe (standardise, logistic regression) whose C is best on
-    validation, its choice {"C", "validation", "loss"}. Raises UserError for a single label."""
+def fit_probe(x, y, classes, train, validation):
+    """Features [P, D], labels [P] of K classes -> the linear probe (standardise, logistic regression) whose C
+    is best on validation, as one Linear to K logits, and its choice {"C", "validation", "loss"}. Raises
+    UserError for a single label."""
     if len(np.unique(y[train])) < 2:
         raise UserError("all training posts have the same label: a probe needs two")
     fitted = []
     for c in REGULARISATION:
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
-        probe.fit(x[train], y[train])
-        guess = probabilities_of(probe, x[validation], y.max() + 1)
-        fitted.append((probe, {"C": c, **validate(guess, y[validation])}))
+        scaler, regression = StandardScaler(), LogisticRegression(C=c, max_iter=1000)
+        regression.fit(scaler.fit_transform(x[train]), y[train])
+        probe = as_linear(scaler, regression, classes)
+        fitted.append((probe, {"C": c, **validate(probabilities_of(probe, x[validation]), y[validation])}))
     return max(fitted, key=lambda one: one[1]["validation"])  # the first of equals
 
 
-def probabilities_of(probe, x, classes):
-    """A fitted probe, features [P, D] -> probabilities [P, K]; 0 for a label that no training post has."""
-    probabilities = np.zeros((len(x), classes))
-    probabilities[:, probe.classes_] = probe.predict_proba(x)
-    return probabilities
-
-
-def head_of(probe, classes):
-    """A fitted probe -> the same function as one Linear, from raw features to K logits."""
-    scaler, regression = probe
-    weight = regression.coef_ / scaler.scale_
+def as_linear(scaler, regression, classes):
+    """Both steps of a probe as one float64 Linear; -30 as the logit of a label that no training post has."""
+    weight = regression.coef_ / scaler.scale_  # [K, D], without those labels
     bias = regression.intercept_ - weight @ scaler.mean_
     if len(weight) == 1:  # for two labels scikit-learn has only the second's log odds
-        weight, bias = np.vstack([-weight / 2, weight / 2]), np.hstack([-bias / 2, bias / 2])
-    head = torch.nn.Linear(weight.shape[1], classes).requires_grad_(False)
-    head.weight.zero_()
-    head.bias.fill_(-30.0)  # a label that no training post has stays impossible
-    head.weight[probe.classes_] = torch.from_numpy(weight).float()
-    head.bias[probe.classes_] = torch.from_numpy(bias).float()
-    return head
+        weight, bias = np.vstack([0 * weight, weight]), np.hstack([0 * bias, bias])
+    probe = torch.nn.Linear(weight.shape[1], classes, dtype=torch.float64).requires_grad_(False)
+    probe.weight.zero_()
+    probe.bias.fill_(-30.0)
+    probe.weight[regression.classes_] = torch.from_numpy(weight).double()
+    probe.bias[regression.classes_] = torch.from_numpy(bias).double()
+    return probe
+
+
+def probabilities_of(probe, x):
+    """A probe, features [P, D] -> probabilities [P, K]"""
+    return probe(torch.from_numpy(x).double()).softmax(-1).numpy()
 
 
 def validate(probabilities, y):
@@ -193,9 +190,10 @@ class Classifier(torch.nn.Module):
     """An encoder (X~, X or untrained) and a linear head on its mean token. The head starts as the probe:
     a random head would spoil the features in the first steps (Kumar et al. 2022)."""
 
-    def __init__(self, net, encoder, probe, classes):
+    def __init__(self, net, encoder, probe):
         super().__init__()
-        self.autocast, self.encoder, self.head = net.autocast, copy.deepcopy(encoder), head_of(probe, classes)
+        self.autocast = net.autocast
+        self.encoder, self.head = copy.deepcopy(encoder), copy.deepcopy(probe).float()
         self.requires_grad_(True).to(net.device)
 
     def forward(self, s_image, s_text, text_mask):
@@ -204,16 +202,16 @@ class Classifier(torch.nn.Module):
         return self.head(pooled.float())  # [B, K], in float32
 
 
-def finetune(net, encoder, probe, choice, cache, y, classes, train, validation, epochs, seed):
+def finetune(net, encoder, probe, choice, cache, y, train, validation, epochs, seed):
     """Train encoder and head, starting from the probe -> Classifier, its choice. A step takes a few random
     patches. X computes each token without the others, so the mean of a few is unbiased for the mean of all.
 
     Each learning rate stops at the first epoch that raises cross-entropy on validation (accuracy hardly
     tells two epochs apart). The epoch of lowest cross-entropy is kept; epoch 0 is the probe."""
-    best = Classifier(net, encoder, probe, classes).state_dict()
+    best = Classifier(net, encoder, probe).state_dict()
     probe_loss, choice = choice["loss"], {**choice, "lr": None, "epoch": 0}
     for lr in LEARNING_RATES:
-        classifier = Classifier(net, encoder, probe, classes)
+        classifier = Classifier(net, encoder, probe)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
         scaler = torch.amp.GradScaler(net.device.type, enabled=net.dtype == torch.float16)
         rng, lowest = np.random.default_rng(seed), probe_loss
@@ -261,29 +259,27 @@ def predict_rows(net, cache, features, y, classes, split, seed, probes, args):
         start = row.removesuffix(FINE_TUNED)
         key = (start, seed) if start == UNTRAINED else start
         if key not in probes:
-            probes[key] = fit_probe(features[key], y, train, validation)
+            probes[key] = fit_probe(features[key], y, classes, train, validation)
         probe, choices[row] = probes[key]
         if row == start:
-            probabilities[row] = probabilities_of(probe, features[key][test], classes)
+            probabilities[row] = probabilities_of(probe, features[key][test])
         else:
             encoder = {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}.get(start)
             classifier, choices[row] = finetune(net, encoder or untrained(net, seed), probe, choices[row],
-                                                cache, y, classes, train, validation, args.finetune_epochs,
-                                                seed)
+                                                cache, y, train, validation, args.finetune_epochs, seed)
             probabilities[row] = predict(classifier, cache, test)
     return {"probabilities": {row: p.tolist() for row, p in probabilities.items()}, "choices": choices}
 
 
 # ---- Predictions -> scores. Up to here, test labels only stratify splits ----
-def score(y, predicted, seeds, classes):
-    """Labels, predictions, seeds [T] -> {score: [% of each seed], "confusion": [K, K] of all seeds}."""
+def score(y, predicted, seeds):
+    """Labels, predictions, seeds [T] -> {score: [% of each seed]}"""
     scores = defaultdict(list)
     for seed in dict.fromkeys(seeds):  # in their order
         pair = y[seeds == seed], predicted[seeds == seed]
         scores["accuracy"].append(100 * metrics.accuracy_score(*pair))
         for average in ("weighted", "macro"):
             scores[f"{average} F1"].append(100 * metrics.f1_score(*pair, average=average))
-    scores["confusion"] = metrics.confusion_matrix(y, predicted, labels=range(classes)).tolist()
     return scores
 
 
@@ -338,10 +334,10 @@ def judge(net, loaded, names, results, lines, args):
             values = np.concatenate([one["probabilities"][row] for one in predictions.values()])[of_set]
             predicted = values.argmax(1)
             right[row] = (predicted == y).astype(float)
-            scores[row] = score(y, predicted, seed, classes)
+            scores[row] = score(y, predicted, seed)
             if repeated and new.any():
-                scores[row]["accuracy without repeats"] = score(y[new], predicted[new], seed[new],
-                                                                classes)["accuracy"]
+                scores[row]["accuracy without repeats"] = score(y[new], predicted[new], seed[new])["accuracy"]
+            scores[row]["confusion"] = metrics.confusion_matrix(y, predicted, labels=range(classes)).tolist()
             for s, i, k, p in zip(seed, post, predicted, values.round(6)):
                 lines.append((kind, s, row, posts[i].id, names[labels[i]], names[k], *p))
         counts = np.bincount(labels[sets == kind], minlength=classes).tolist()

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoConfig, AutoModel, IJepaConfig, IJepaModel
 
@@ -1406,7 +1407,7 @@ def single(toy, pretrained):
     cache = data.FeatureCache(MVSA_CACHE, [(post.image, [post.text]) for post in posts], net)
     y = np.array([posts[i].label for i in cache.readable])
     features, split = finetune_mvsa.extract_features(net, cache, [0, 5]), data.stratified_split(y, 0)
-    probe, _ = finetune_mvsa.fit_probe(features[PRETRAINED], y, *split[:2])
+    probe, _ = finetune_mvsa.fit_probe(features[PRETRAINED], y, 3, *split[:2])
     return SimpleNamespace(net=net, posts=posts, cache=cache, y=y, split=split, features=features,
                            start=(net, net.target_encoder, probe))
 
@@ -1450,10 +1451,10 @@ def test_each_row_is_learnt_from_its_own_features_and_encoder_and_no_test_label(
         for row, probabilities in rows["probabilities"].items():
             start = row.removesuffix(", fine-tuned")
             x = features[(start, seed) if start == UNTRAINED else start]
-            probe, choice = finetune_mvsa.fit_probe(x, y, train, validation)
-            expected = finetune_mvsa.probabilities_of(probe, x[test], 3)
+            probe, choice = finetune_mvsa.fit_probe(x, y, 3, train, validation)
+            expected = finetune_mvsa.probabilities_of(probe, x[test])
             if row != start:
-                tuned, choice = finetune_mvsa.finetune(net, encoders[start], probe, choice, cache, y, 3,
+                tuned, choice = finetune_mvsa.finetune(net, encoders[start], probe, choice, cache, y,
                                                        train, validation, 2, seed)
                 expected = finetune_mvsa.predict(tuned, cache, test)
             assert probabilities == expected.tolist() and rows["choices"][row] == choice, row
@@ -1469,23 +1470,23 @@ def test_fit_probe_takes_the_c_of_the_best_validation_accuracy():
     right = expected.argmax(2) == y[validation]
     loss = -np.log(expected[:, range(100), y[validation]]).mean(1)
     assert right.sum(1).argmax() == 1 and np.argmin(loss) == 2  # 6 posts more; by loss it were the third
-    _, choice = finetune_mvsa.fit_probe(x, y, train, validation)
+    _, choice = finetune_mvsa.fit_probe(x, y, 3, train, validation)
     assert choice == {"C": 1e-2, "validation": right[1].mean(), "loss": pytest.approx(loss[1])}
-    assert finetune_mvsa.fit_probe(x, y, train, validation[right.all(0)])[1]["C"] == 1e-3  # of equals
+    assert finetune_mvsa.fit_probe(x, y, 3, train, validation[right.all(0)])[1]["C"] == 1e-3  # of equals
     with pytest.raises(UserError, match="all training posts have the same label"):
-        finetune_mvsa.fit_probe(x, y * 0, train, validation)
+        finetune_mvsa.fit_probe(x, y * 0, 3, train, validation)
 
 
 @pytest.mark.parametrize("missing", [None, 0, 1, 2])
-def test_head_of_gives_the_probabilities_of_the_probe_and_0_for_a_label_without_posts(single, missing):
-    x, y = single.features[CONCAT], single.y
-    probe, _ = finetune_mvsa.fit_probe(x, y, np.flatnonzero(y != missing), np.arange(9))
-    probabilities = finetune_mvsa.probabilities_of(probe, x, 3)
-    assert np.array_equal(probabilities[:, np.unique(y[y != missing])], probe.predict_proba(x))
+def test_a_probe_has_the_probabilities_of_scikit_learn_and_0_for_a_label_without_posts(single, missing):
+    x, y, train = single.features[CONCAT], single.y, np.flatnonzero(single.y != missing)
+    probe, choice = finetune_mvsa.fit_probe(x, y, 3, train, np.arange(9))
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=choice["C"], max_iter=1000))
+    theirs.fit(x[train], y[train])
+    probabilities = finetune_mvsa.probabilities_of(probe, x)
+    assert np.allclose(probabilities[:, theirs.classes_], theirs.predict_proba(x), atol=1e-5)
     assert probabilities.shape == (60, 3) and np.allclose(probabilities.sum(1), 1)
-    logits = finetune_mvsa.head_of(probe, 3)(torch.from_numpy(x))
-    assert np.allclose(logits.softmax(1), probabilities, atol=1e-5)
-    assert missing is None or (logits[:, missing] == -30).all()
+    assert missing is None or np.allclose(probabilities[:, missing], 0, atol=1e-9)
 
 
 def test_fine_tuning_starts_as_the_probe_and_trains_all_weights_in_16_bits_too(single, monkeypatch):
@@ -1494,16 +1495,16 @@ def test_fine_tuning_starts_as_the_probe_and_trains_all_weights_in_16_bits_too(s
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     monkeypatch.setattr(finetune_mvsa, "validate", lambda *given: {"validation": 0, "loss": next(losses)})
     monkeypatch.setattr(finetune_mvsa, "LEARNING_RATES", (1e-3,))
-    start = finetune_mvsa.Classifier(*single.start, 3)
+    start = finetune_mvsa.Classifier(*single.start)
     for dtype in (torch.float32, torch.float16):
         monkeypatch.setattr(net, "dtype", dtype)
-        tuned, _ = finetune_mvsa.finetune(*single.start, {"loss": 100}, cache, y, 3, *single.split[:2], 6, 0)
+        tuned, _ = finetune_mvsa.finetune(*single.start, {"loss": 100}, cache, y, *single.split[:2], 6, 0)
         predictions += [finetune_mvsa.predict(one, cache, train) for one in (start, tuned)]
         for name, p in tuned.named_parameters():
             assert p.dtype == torch.float32 and not torch.equal(p, start.get_parameter(name))
     assert [made.kwargs["enabled"] for made in scaler.call_args_list] == [False, True]
     start, tuned, half_start, half_tuned = predictions  # [T, 3] each
-    expected = finetune_mvsa.probabilities_of(single.start[2], single.features[PRETRAINED][train], 3)
+    expected = finetune_mvsa.probabilities_of(single.start[2], single.features[PRETRAINED][train])
     assert np.allclose(start, expected, atol=1e-4) and not np.array_equal(start, half_start)
     assert (tuned - start)[range(len(train)), y[train]].mean() > 0.09  # of the true labels
     assert abs(half_tuned - tuned).mean() < 0.001
@@ -1523,12 +1524,12 @@ def test_fine_tuning_takes_the_best_epoch_on_validation(single, monkeypatch, los
         {"validation": 0, "loss": loss} for loss in losses[1:]])
     monkeypatch.setattr(model, "gather", gather)
     monkeypatch.setattr(finetune_mvsa, "validate", validate)
-    tuned, choice = finetune_mvsa.finetune(*single.start, {"loss": losses[0]}, single.cache, single.y, 3,
+    tuned, choice = finetune_mvsa.finetune(*single.start, {"loss": losses[0]}, single.cache, single.y,
                                            train, validation, 4, 0)
     assert (choice["lr"], choice["epoch"], choice["loss"]) == best
     assert validate.call_count == gather.call_count == len(losses) - 1
     assert all(np.array_equal(made.args[1], single.y[validation]) for made in validate.call_args_list)
-    assert torch.allclose(tuned.head.bias, finetune_mvsa.head_of(single.start[2], 3).bias + 0.05 * best[1])
+    assert torch.allclose(tuned.head.bias, single.start[2].bias.float() + 0.05 * best[1])
     posts = single.cache.rows("image.float16", single.cache.readable[train])[:, 0, 0].tolist()
     orders, patches = zip(*((made.args[0][:, 0, 0].tolist(), made.args[1].tolist())
                             for made in gather.call_args_list))
