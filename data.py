@@ -278,7 +278,7 @@ class Post:
     id: str
     image: Path
     text: str
-    label: int  # index into LABELS, or into the labels of its set
+    label: str
     part: str = ""  # one of PARTS, or empty if the set has no split
 
 
@@ -310,7 +310,7 @@ def read_labels(path):
         majority = [label for side in sides for label in LABELS if 2 * side.count(label) > annotators]
         label = merge_labels(*majority) if len(majority) == 2 else None
         if label:
-            labels[post] = LABELS.index(label)
+            labels[post] = label
         else:
             skipped[post] = "text and image of opposite polarity" if len(majority) == 2 else "no majority"
     return {1: "single", 3: "multi"}[annotators], labels, skipped
@@ -348,8 +348,8 @@ def load_mvsa(folder):
 
 
 def load_posts(folder):
-    """A folder's posts.csv, with the header image,text,label or image,text,label,split -> its posts, Counter
-    of what was skipped, its labels. Prints the lines it skips. Raises UserError if there is no post."""
+    """A folder's posts.csv, with the header image,text,label or image,text,label,split -> posts, Counter of
+    what was skipped. Prints the lines it skips. Raises UserError if there is no post."""
     path = Path(folder) / "posts.csv"
     reader = csv.DictReader(StringIO(decode_text(read_file(path) or b""), newline=""))
     try:
@@ -370,13 +370,9 @@ def load_posts(folder):
             print(f"skipped: {path}, line {n}: {reasons[0]}", file=sys.stderr)
         else:
             posts.append(Post("posts", str(n), path.parent / name, text, label, part))
-    labels = {post.label for post in posts}
-    labels = *(label for label in LABELS if label in labels), *sorted(labels.difference(LABELS))
-    for post in posts:
-        post.label = labels.index(post.label)
     if not posts:
         raise UserError(f"{path} has no post to use; skipped: {describe(skipped)}")
-    return posts, skipped, labels
+    return posts, skipped
 
 
 def decode_text(content):
@@ -428,7 +424,7 @@ def clmlf_split(folder, posts):
     for name in ("train.json", "dev.json", "test.json"):
         try:
             entries = json.loads(read_file(homes[0] / name))  # TypeError: there is none
-            listed = [(str(entry["id"]), int(entry["emotion_label"])) for entry in entries]
+            listed = [(str(entry["id"]), LABELS[int(entry["emotion_label"])]) for entry in entries]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{homes[0] / name} is no list of id, emotion_label: {error!r}") from error
         known = [(index[post], label) for post, label in listed if post in index]

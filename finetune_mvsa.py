@@ -121,10 +121,10 @@ def extract_features(net, cache, seeds):
     return features
 
 
-def split_posts(posts, args):
-    """Posts -> {seed: indices of train, validation, test}, notes {what: how many}, and the test posts that
-    repeat a training post (of a published split only)."""
-    labels, groups, notes = [post.label for post in posts], None, Counter()
+def split_posts(posts, labels, args):
+    """Posts, labels [P] -> {seed: indices of train, validation, test}, notes {what: how many}, and the test
+    posts that repeat a training post (of a published split only)."""
+    groups, notes = None, Counter()
     if args.protocol == "standard" and (args.split or posts[0].part):
         if args.split:
             parts, notes = data.clmlf_split(args.split, posts)
@@ -304,8 +304,9 @@ def judge(net, loaded, names, results, lines, args):
     if not len(cache.readable):
         raise UserError(f"no image in {posts[0].image.parent} can be read")
     posts = [posts[i] for i in cache.readable]  # from here on, indices are of these
-    sets, labels = np.array([post.set for post in posts]), np.array([post.label for post in posts])
-    splits, notes, repeated = split_posts(posts, args)
+    sets = np.array([post.set for post in posts])
+    labels = np.array([names.index(post.label) for post in posts])
+    splits, notes, repeated = split_posts(posts, labels, args)
     tested = np.concatenate([test for _, _, test in splits.values()])  # [T]: the tests of all seeds
     seeds = np.repeat(list(splits), [len(test) for _, _, test in splits.values()])  # [T]
     code = [Path(file).read_bytes() for file in (__file__, model.__file__, data.__file__)]
@@ -436,13 +437,14 @@ def main(args):
     if args.split and (args.posts or args.protocol != "standard"):
         raise UserError("--split is for MVSA by the standard protocol")
     if args.posts:  # before any model is loaded
-        *loaded, names = data.load_posts(args.posts)
-        loaded = {"posts": loaded}
+        loaded = {"posts": data.load_posts(args.posts)}
     else:
-        folders, names = data.find_mvsa(args.mvsa), data.LABELS
+        folders = data.find_mvsa(args.mvsa)
         loaded = {kind: data.load_mvsa(folders[kind]) for kind in NAMES if kind in folders}
         if args.protocol == "authors" and len(folders) < 2:
             raise UserError(f"--protocol authors pools both sets; {args.mvsa} has only {' '.join(folders)}")
+    used = {post.label for posts, _ in loaded.values() for post in posts}
+    names = [*(label for label in data.LABELS if label in used), *sorted(used.difference(data.LABELS))]
     pools = [loaded] if args.protocol == "authors" else [{kind: pair} for kind, pair in loaded.items()]
     device = model.pick_device(args.device)
     net, checkpoint = model.TIJEPA.from_checkpoint(args.checkpoint, args.image_weights, args.text_encoder)
@@ -467,13 +469,11 @@ def main(args):
             axis.set_title(NAMES.get(kind) or Path(args.posts).name)
         figure.suptitle(f"{row}: posts, protocol {args.protocol}, {len(args.seeds)} seeds", fontsize=9)
         data.save_figure(figure, path.with_name(f"confusion{ending}.png"))
-        tools = ("torch", "timm", "transformers", "sklearn", "numpy")
-        versions = {name: sys.modules[name].__version__ for name in tools}
+        tools = "torch", "timm", "transformers", "sklearn", "numpy"
         data.write_json(path, {  # written last: when it is there, all are
             "sets": results, "args": vars(args), "seeds": args.seeds, "model": vars(net.config),
             "step": checkpoint["step"], "start_share": checkpoint["start_share"], "device": str(device),
-            "dtype": str(net.dtype),
-            "versions": {"python": sys.version.split()[0], **versions}})
+            "dtype": str(net.dtype), "versions": {name: sys.modules[name].__version__ for name in tools}})
     print(f"\n{table}\nfinetune_mvsa: wrote {path.with_suffix('.md')} and the files beside it")
 
 

@@ -802,7 +802,8 @@ def test_posts_of_any_encoding_are_read_and_dropped_for_each_reason(tmp_path):
     (tmp_path / "data/9.jpg").unlink()
     (tmp_path / "data/10.txt").unlink()
     posts, skipped = data.load_mvsa(tmp_path)
-    assert posts == [data.Post("single", str(i), tmp_path / f"data/{i}.jpg", text, [0, 2, 1, *5 * [2]][i])
+    labels = "positive", "negative", "neutral", *5 * ["negative"]
+    assert posts == [data.Post("single", str(i), tmp_path / f"data/{i}.jpg", text, labels[i])
                      for i, text in enumerate(texts.values())]
     assert skipped == {"text and image of opposite polarity": 1, "text or image file missing": 2}
 
@@ -850,8 +851,8 @@ def write_split(folder, *parts):
 
 
 def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
-    posts = [data.Post("single", str(i), Path(), "", i % 3) for i in range(30)]
-    odd = [replace(post, label=0) for post in posts[:3]] + posts[3:]  # 1 and 2 have other labels
+    posts = [data.Post("single", str(i), Path(), "", data.LABELS[i % 3]) for i in range(30)]
+    odd = [replace(post, label="positive") for post in posts[:3]] + posts[3:]  # 1 and 2 have other labels
     entries = [(str(i), i % 3) for i in range(28)] + [("999", 0)]
     root = tmp_path / "single and multiple"  # its own name is no hint
     write_split(root / "MVSA-Single/10-flod-1", entries[:20], entries[20:24], entries[24:])
@@ -880,7 +881,7 @@ def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
 def test_duplicate_groups_join_posts_of_the_same_words_or_image(tmp_path):
     texts = ["first", "Good day! http://t.co/x", "RT @someone: good DAY", "@me good day", "something",
              "http://t.co/a", "@you http://t.co/b", "else", "good day"]
-    posts = [data.Post("single", "", tmp_path / f"{i}.jpg", text, 0) for i, text in enumerate(texts)]
+    posts = [data.Post("single", "", tmp_path / f"{i}.jpg", text, "") for i, text in enumerate(texts)]
     for post, image in zip(posts, [0, 1, 2, 3, 4, 5, 6, 4, 0]):
         post.image.write_bytes(b"image %d" % image)
     assert list(data.duplicate_groups(posts)) == [0, 0, 0, 0, 4, 5, 6, 4, 0]  # the last is a link
@@ -898,8 +899,9 @@ def test_merge_labels_lets_neutral_give_way_and_drops_opposites():
 def test_read_labels_takes_what_two_of_three_say_and_refuses_damaged_lines(tmp_path, end, code):
     words, none = {"P": "positive", "U": " Neutral", "N": "NEGATIVE "}, "no majority"
     opposite = "text and image of opposite polarity"
-    cases = {"PP PP NU": 0, "PU UU PN": 0, "UP UP PN": 0, "UU UU PN": 1, "NN NU UN": 2, "UN UN PP": 2,
-             "NU NU UP": 2, "PU UU NU": none, "PP PN PU": none, "PN PN UU": opposite, "NP NP UU": opposite}
+    cases = {**dict.fromkeys(("PP PP NU", "PU UU PN", "UP UP PN"), "positive"), "UU UU PN": "neutral",
+             **dict.fromkeys(("NN NU UN", "UN UN PP", "NU NU UP"), "negative"), "PU UU NU": none,
+             "PP PN PU": none, "PN PN UU": opposite, "NP NP UU": opposite}
     rows = ["\t".join([case, *(f"{words[text]},{words[image]}" for text, image in case.split())])
             for case in cases]
     path, good = tmp_path / "labels", ["ID" + 3 * "\ttext,image", "", *rows, ""]
@@ -1405,7 +1407,7 @@ def single(toy, pretrained):
     posts = [replace(post, text=" ".join(post.text.split()[:8 - n % 7]))  # of other lengths: some is padded
              for n, post in enumerate(data.load_mvsa(toy / "mvsa" / "MVSA_Single")[0][::-1])]
     cache = data.FeatureCache(MVSA_CACHE, [(post.image, [post.text]) for post in posts], net)
-    y = np.array([posts[i].label for i in cache.readable])
+    y = np.array([data.LABELS.index(posts[i].label) for i in cache.readable])
     features, split = finetune_mvsa.extract_features(net, cache, [0, 5]), data.stratified_split(y, 0)
     probe, _ = finetune_mvsa.fit_probe(features[PRETRAINED], y, 3, *split[:2])
     return SimpleNamespace(net=net, posts=posts, cache=cache, y=y, split=split, features=features,
@@ -1598,7 +1600,7 @@ def test_finetune_end_to_end(toy, pretrained, tmp_path, protocol):
     assert re.findall("measured here (.*) –", table) == ["| 76.75 | 74.62 |", "| 77.55 | 75.02 |"]
     for (kind, result), count in zip(results["sets"].items(), (60, 120), strict=True):
         posts, skipped = data.load_mvsa(data.find_mvsa(mvsa)[kind])
-        labels = {post.id: data.LABELS[post.label] for post in posts}
+        labels = {post.id: post.label for post in posts}
         assert all(line["label"] == labels[line["id"]] for line in lines if line["set"] == kind)
         assert result["posts"] == sum(result["labels"].values()) == count
         assert result["skipped"] == {**skipped, "unreadable image": 1}
@@ -1621,7 +1623,7 @@ def judged_once(toy, pretrained, tmp_path_factory):
     shutil.copy(pretrained.checkpoint, root)
     shutil.copytree(toy / "mvsa" / "MVSA_Single", root / "mvsa")
     posts = data.load_mvsa(root / "mvsa")[0][:-1]  # the last one's picture is broken
-    listed = [(post.id, post.label) for post in posts]
+    listed = [(post.id, data.LABELS.index(post.label)) for post in posts]
     write_split(root / "single", listed[:40], listed[40:50], listed[50:])
     for post in posts[50:53]:
         post.image.with_suffix(".txt").write_text(posts[7].text)
