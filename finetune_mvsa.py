@@ -368,22 +368,22 @@ def markdown(*rows):
 
 
 def make_table(results, config, args, start_share):
-    """The results -> Markdown: each set's scores, differences and confusion matrix, or why there are none."""
-    over = "untrained weights and fine-tuning; " + ("published split" if args.split else "each its own split")
+    """The results -> Markdown: each set's scores and differences."""
     parts = [f"# TI-JEPA on {Path(args.posts).name or 'MVSA'}",
              f"f_I {config.image_encoder}, f_T {config.text_encoder}, checkpoint {args.checkpoint}, protocol "
-             f"{args.protocol}. Mean ± standard deviation in % over {len(args.seeds)} seeds, which decide "
-             f"{over}; one pretrained checkpoint. {start_share:.2%} of X~ is still its random start."]
+             f"{args.protocol}. Mean ± standard deviation in % over {len(args.seeds)} seeds, which decide the "
+             "split (unless it is published), untrained weights and fine-tuning; one pretrained checkpoint. "
+             f"{start_share:.2%} of X~ is still its random start."]
     if config.image_encoder == "toy":
         parts.append("**Toy data and toy encoders: not the paper's numbers, and not comparable to them.**")
     for kind, result in results.items():
-        last_row, last = list(result["scores"].items())[-1]
         pool = " of the pool, upsampled" if args.protocol == "authors" else ""
         notes = "".join(f"; {count} {what}" for what, count in result["split_notes"].items())
         skipped = data.describe(result["skipped"])
         parts += [f"## {NAMES.get(kind) or Path(args.posts).name}",
                   f"{result['posts']} posts, skipped: {skipped}; train, validation, test "
                   f"{result['split_sizes']}{pool}{notes}"]
+        *_, last = result["scores"].values()
         columns = [key for key in last if key != "confusion"]
         table = [(row, *(mean_std(one[key]) for key in columns)) for row, one in result["scores"].items()]
         if kind in REPORTED:
@@ -393,9 +393,7 @@ def make_table(results, config, args, start_share):
         differences = [(pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}")
                        for pair, (gain, low, high) in result["differences"].items()]
         header = "difference in accuracy, same test posts", "points", "95 % interval over test posts"
-        confusion = [(label, *counts) for label, counts in zip(result["labels"], last["confusion"])]
-        parts += [markdown(header, *differences), f"{last_row}, all seeds together:",
-                  markdown(("true \\ predicted", *result["labels"]), *confusion)]
+        parts.append(markdown(header, *differences))
     return "\n\n".join(parts) + "\n"
 
 

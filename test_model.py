@@ -1564,7 +1564,6 @@ def recompute(folder, ending=""):
     rows = [["features", *names]]
     for kind, result in results["sets"].items():
         labels = [*result["labels"]]
-        rows.append(["true \\ predicted", *labels])
         for row, scores in result["scores"].items():
             confusion = 0
             for n, seed in enumerate(results["seeds"]):
@@ -1576,7 +1575,6 @@ def recompute(folder, ending=""):
             assert scores["confusion"] == confusion.tolist()
             rows.append([row, *(f"{np.mean(scores[name]):.2f} ± {np.std(scores[name], ddof=1):.2f}"
                                 for name in names)])
-        rows += [[label, *map(str, counts)] for label, counts in zip(labels, scores["confusion"])]
         for pair, (gain, low, high) in result["differences"].items():
             new, old = (np.array(result["scores"][row]["confusion"]) for row in pair.split(" minus "))
             assert gain == pytest.approx(100 * np.trace(new - old) / new.sum())
