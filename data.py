@@ -211,16 +211,14 @@ class FeatureCache:
     def encode(self, pictures, texts):
         """Pictures or None [B], all their texts -> rows of each file: s_image float16 [B, N, D_I], NaN for
         None; s_text float16 [tokens, D_T]; the pictures uint8"""
-        readable = [i for i, picture in enumerate(pictures) if picture is not None]
-        none = torch.zeros(3, *self.net.image_encoder.input_size, dtype=torch.uint8)
-        images = torch.stack([none if picture is None else picture for picture in pictures])
-        s_image = torch.full((len(pictures), *self.shapes["image.float16"][1:]), np.nan, dtype=torch.float16)
-        if readable:
-            s_image[readable] = self.net.encode_images(images[readable]).cpu().half()
+        black = torch.zeros(3, *self.net.image_encoder.input_size, dtype=torch.uint8)
+        images = torch.stack([black if picture is None else picture for picture in pictures])
+        s_image = self.net.encode_images(images).cpu().half()
         parts = [texts[n:n + ENCODE_BATCH] for n in range(0, len(texts), ENCODE_BATCH)]
         s_text = torch.cat([states[mask].cpu().half() for states, mask in map(self.net.encode_texts, parts)])
-        if not (s_image[readable].isfinite().all() and s_text.isfinite().all()):
+        if not (s_image.isfinite().all() and s_text.isfinite().all()):
             raise UserError("the features of --image_encoder or --text_encoder do not fit float16")
+        s_image[[i for i, picture in enumerate(pictures) if picture is None]] = np.nan
         return s_image, s_text, images
 
     def map(self, name):

@@ -43,11 +43,10 @@ MAJORITY, CONCAT = "majority class", "text + image concatenated"
 TEXT, IMAGE = "text only", "image only"
 UNTRAINED, PRETRAINED = "TI-JEPA, X~ untrained", "TI-JEPA, pretrained"
 ONLINE = "TI-JEPA, X in place of X~"
-NO_IMAGE, NO_TEXT = "TI-JEPA, pretrained, text alone", "TI-JEPA, pretrained, image alone"
 BOTH = "TI-JEPA, pretrained + concatenated"
 FINE_TUNED = ", fine-tuned"  # a row with this ending starts from the probe of the row without
 TUNED, TUNED_UNTRAINED = PRETRAINED + FINE_TUNED, UNTRAINED + FINE_TUNED
-ROWS = {"probe": (MAJORITY, TEXT, IMAGE, CONCAT, UNTRAINED, PRETRAINED, ONLINE, NO_IMAGE, NO_TEXT, BOTH),
+ROWS = {"probe": (MAJORITY, TEXT, IMAGE, CONCAT, UNTRAINED, PRETRAINED, ONLINE, BOTH),
         "finetune": (TUNED_UNTRAINED, ONLINE + FINE_TUNED, TUNED)}
 COMPARED = {PRETRAINED: (UNTRAINED, CONCAT, ONLINE), TUNED: (TUNED_UNTRAINED, CONCAT)}
 NAMES = {"single": "MVSA-Single", "multi": "MVSA-Multi"}  # another set: its folder's name
@@ -99,19 +98,13 @@ def batches(cache, rows):
 
 @torch.no_grad()
 def extract_features(net, cache, seeds):
-    """The frozen features of all readable posts: {row: array [P, D]}. An untrained X~ has key (row, seed).
-    The empty picture has f_I's mean colour, the empty text no words."""
+    """The frozen features of all readable posts: {row: array [P, D]}. An untrained X~ has key (row, seed)."""
     encoders = {(UNTRAINED, seed): untrained(net, seed) for seed in seeds}
     encoders |= {PRETRAINED: net.target_encoder, ONLINE: net.context_encoder}
-    colour = (255 * net.image_encoder.mean).round().to(torch.uint8)  # [3, 1, 1]
-    empty = net.frozen_features(colour.expand(1, 3, *net.image_encoder.input_size), [""])
     parts = []
     for s_image, s_text, mask, _ in tqdm(batches(cache, cache.readable), desc="features"):
-        no_image, no_text, no_mask, _ = empty.pair([0] * len(s_image), [0] * len(s_image))
         with net.autocast():
             pooled = {row: encoder(s_image, s_text, mask).mean(1) for row, encoder in encoders.items()}
-            pooled[NO_IMAGE] = net.target_encoder(no_image, s_text, mask).mean(1)
-            pooled[NO_TEXT] = net.target_encoder(s_image, no_text, no_mask).mean(1)
         pooled[TEXT] = s_text.float().sum(1) / mask.sum(1, keepdim=True)  # [B, D_T]; padding is 0
         pooled[IMAGE] = s_image.float().mean(1)  # [B, D_I]
         parts.append({row: value.float().cpu().numpy() for row, value in pooled.items()})
