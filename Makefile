@@ -10,7 +10,7 @@ COCO ?= data/coco
 MVSA ?= data/mvsa
 # A path that begins with ~/, which not every shell replaces
 $(foreach name,COCO MVSA OUT CACHE SPLIT POSTS CHECKPOINT IMAGE_WEIGHTS TEXT_ENCODER,$(if $(filter ~/%,$(firstword $($(name)))),\
-	$(eval override $(name) := $(HOME)$(subst ~~,,~$($(name))))))
+	$(eval override $(name) := $(subst <~/,$(HOME)/,<$($(name))))))
 # `small` where the data are, or were named: then what is missing is an error. Else the toy. A PRESET that is named wins.
 ASKED := $(if $(filter pretrain,$(MAKECMDGOALS)),COCO,COCO MVSA)
 NAMED := $(filter-out file,$(foreach name,$(ASKED),$(origin $(name))))

@@ -1802,7 +1802,7 @@ def test_make_says_what_it_would_run_or_lacks_and_evaluates_a_checkpoint_once(tm
             ("check-preset DEVICE=cpu", "toy, data data/toy/coco and data/toy/mvsa, device cpu. To"),
             ("check-preset COCO=/ MVSA=/", "preset small"), ("check-preset MVSA=/no", "preset small"),
             ("-n pretrain COCO=/ MVSA=/no VENV=", "--preset small"),
-            ("-n pretrain 'COCO=~/a b' VENV=", f'--coco "{Path.home()}/a b"'),
+            ("-n pretrain 'COCO=~/a b~~c' VENV=", f'--coco "{Path.home()}/a b~~c"'),
             ("-n coco VENV=", "--images 10000\n"), ("-n coco VENV= IMAGES=all", "--images 0\n"),
             ("-n reproduce VENV= PRESET=toy",
              '[ "out/toy/eval.json" -nt "out/toy/checkpoint.pt" ] || "python3" pretrain.py')):
