@@ -433,7 +433,7 @@ class TIJEPA(nn.Module):
         return net.eval(), checkpoint
 
 
-# ---- A regulariser, and measures of collapse ----
+# ---- A regulariser, and a measure of collapse ----
 def sigreg_term(context, seed, step, directions=256, knots=17):
     """SIGReg (LeJEPA, arXiv 2511.08544) of the mean patch of X's output [B, C, D] -> []: how far projections
     on random directions (new at each step) are from a standard normal, by Epps and Pulley: B times
@@ -445,11 +445,6 @@ def sigreg_term(context, seed, step, directions=256, knots=17):
     normal = torch.exp(-t.square() / 2)
     distance = (angles.cos().mean(0) - normal).square() + angles.sin().mean(0).square()  # [directions, knots]
     return 2 * len(z) * torch.trapezoid(distance * normal, t).mean()  # even: twice the half t > 0
-
-
-def sample_std(tokens):
-    """tokens [B, ..., D] -> []: mean std over the B samples. 0 is collapse: only the position decides."""
-    return tokens.float().std(dim=0).mean()
 
 
 def effective_rank(features):

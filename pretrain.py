@@ -309,7 +309,7 @@ def held_out_metrics(net, features):
     metrics = dict(energy_matched=energy.mean(), energy_mismatched=mismatched.mean(),
                    pair_accuracy=wins(energy, mismatched).mean(),
                    energy_position=net.patch_energy(others, target).mean(),
-                   target_std=model.sample_std(target), prediction_std=model.sample_std(prediction),
+                   target_std=target.std(dim=0).mean(), prediction_std=prediction.float().std(dim=0).mean(),
                    target_rank=model.effective_rank(target.mean((1, 2))))
     return {name: value.item() for name, value in metrics.items()}
 
