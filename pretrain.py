@@ -295,20 +295,15 @@ def main(args):
 
 
 # ---- Does the energy mean anything? Held-out pairs, matched and mismatched ----
-def wins(own, other):
-    """Energies of own and other captions -> 1 where the own is lower, 0 where higher, 0.5 for a tie."""
-    return torch.heaviside(other - own, own.new_tensor(0.5))
-
-
 def held_out_metrics(net, features):
     """The held-out part of a log line; see the top of this file."""
     own = np.arange(n := len(features.s_image))
     (energy, _, target, prediction, _), (mismatched, *_) = net.measure(features, [own, own - 1])
     # All images share the masks: [:, m, p] is one patch. The mean leaves out the image's own target.
     others = (target.sum(0) - target) / (n - 1)
+    won = torch.heaviside(mismatched - energy, energy.new_tensor(0.5))  # a tie is half
     metrics = dict(energy_matched=energy.mean(), energy_mismatched=mismatched.mean(),
-                   pair_accuracy=wins(energy, mismatched).mean(),
-                   energy_position=net.patch_energy(others, target).mean(),
+                   pair_accuracy=won.mean(), energy_position=net.patch_energy(others, target).mean(),
                    target_std=target.std(dim=0).mean(), prediction_std=prediction.float().std(dim=0).mean(),
                    target_rank=model.effective_rank(target.mean((1, 2))))
     return {name: value.item() for name, value in metrics.items()}
@@ -341,7 +336,7 @@ def retrieval_metrics(energies):
         raise FloatingPointError("an energy is not finite: try --dtype float32, or train again")
     n = len(energies)
     own = energies.diagonal()  # [I]
-    won = wins(own[:, None], energies).sum(1) - 0.5  # [I]: without the tie of each with itself
+    won = torch.heaviside(energies - own[:, None], own.new_tensor(0.5)).sum(1) - 0.5  # less its own tie
     rank = (energies <= own[:, None]).sum(1)  # 1: no other caption is as low
     figures = {"auc": won / (n - 1), "recall@1": (rank <= 1).float(), "recall@5": (rank <= 5).float()}
     return {name: value.mean().item() for name, value in figures.items()}
