@@ -572,8 +572,7 @@ class TextEncoder(nn.Module):
                 options = dict(dtype=torch.float32, output_loading_info=True)  # some are stored in 16 bits
                 self.bert, info = AutoModel.from_pretrained(name, **options)
                 self.bert.pooler = None  # above s_T; random if the folder has none
-                missing = [key for key in info["missing_keys"] if "pooler" not in key]
-                if missing:
+                if missing := [key for key in info["missing_keys"] if "pooler" not in key]:
                     raise ValueError(f"it lacks the weights {missing}")
             config = self.bert.config
             limits = self.tokenizer.model_max_length, config.max_position_embeddings
