@@ -410,11 +410,6 @@ class TIJEPA(nn.Module):
         """All that decides the features of the frozen encoders: {name: value}."""
         return {**self.image_encoder.fingerprint(), **self.text_encoder.fingerprint()}
 
-    def load_trained_state(self, state):
-        """Load a checkpoint's state dicts {name: state} of the modules in TRAINED."""
-        for name in TRAINED:
-            getattr(self, name).load_state_dict(state[name])
-
     @classmethod
     def from_checkpoint(cls, path, image_weights="", text_encoder=""):
         """A checkpoint of pretrain.py -> (TIJEPA in eval mode, the file's contents). The arguments say where
@@ -422,14 +417,14 @@ class TIJEPA(nn.Module):
         with checkpoint_errors(path):
             checkpoint = read_checkpoint(path)
             config = Config(**checkpoint["config"])
-        config.image_weights = image_weights or config.image_weights
-        config.text_encoder = text_encoder or config.text_encoder
-        net = cls(config)
-        if differs := differences(checkpoint["encoders"], net.fingerprint()):
-            advice = "name those with --image_weights and --text_encoder; the toy's differ by timm's version"
-            raise UserError(f"{path} was trained on other encoders: {differs}; {advice}")
-        with checkpoint_errors(path):
-            net.load_trained_state(checkpoint["model"])
+            config.image_weights = image_weights or config.image_weights
+            config.text_encoder = text_encoder or config.text_encoder
+            net = cls(config)
+            if differs := differences(checkpoint["encoders"], net.fingerprint()):
+                raise UserError(f"{path} was trained on other encoders: {differs}; name those with "
+                                "--image_weights and --text_encoder; the toy's differ by timm's version")
+            for part in TRAINED:
+                getattr(net, part).load_state_dict(checkpoint["model"][part])
         return net.eval(), checkpoint
 
 

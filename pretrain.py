@@ -186,7 +186,8 @@ def main(args):
             saved = model.read_checkpoint(path)
             if differs := model.differences(saved["identity"], constant["identity"]):
                 raise UserError(f"{path} is of another run: {differs}; give the same, or another --out")
-            net.load_trained_state(saved["model"])
+            for part in model.TRAINED:
+                getattr(net, part).load_state_dict(saved["model"][part])
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
         first_step, log, start_share, running = (saved[k] for k in ("step", "log", "start_share", "running"))
