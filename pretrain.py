@@ -211,17 +211,15 @@ def main(args):
                                 range(first_step, steps))
     batches = cache.batches(draws())
     line_time, waited = time.time(), 0.0  # time of the last log line; seconds spent waiting since then
+    bar = tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0)
     with catch_signals() as signals:
-        for step in tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0):
-            # -- schedules and masks of this step
+        for step, masks in zip(bar, all_masks):
+            # -- schedules of this step
             lr = warmup_cosine(step, steps, int(WARMUP * steps), START_LR, args.lr, FINAL_LR)
             wd = cosine(step, steps, START_WD, FINAL_WD)
             momentum = args.momentum + (args.final_momentum - args.momentum) * step / max(1, steps - 1)
             for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
                 group["lr"], group["weight_decay"] = lr, decay
-            start = time.time()
-            masks = next(all_masks).to(device)
-            waited += time.time() - start
 
             # -- forward and backward, micro-batch by micro-batch
             for part in micro_batches:
@@ -229,7 +227,7 @@ def main(args):
                 features = next(batches)  # of B pairs, one micro-batch
                 waited += time.time() - start
                 forward.require_backward_grad_sync = part == micro_batches[-1]  # DDP: averages once a step
-                out = forward(features, model.Masks(*(index[part] for index in masks)))
+                out = forward(features, model.Masks(*(index[part] for index in masks)).to(device))
                 loss = out.energy.mean()
                 if args.sigreg:
                     loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
