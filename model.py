@@ -414,8 +414,7 @@ class TIJEPA(nn.Module):
     def from_checkpoint(cls, path, image_weights="", text_encoder=""):
         """A checkpoint of pretrain.py -> (TIJEPA in eval mode, the file's contents). The arguments say where
         f_I and f_T lie now. Raises UserError if they are not those that X was trained on."""
-        with checkpoint_errors(path):
-            checkpoint = read_checkpoint(path)
+        with open_checkpoint(path) as checkpoint:
             config = Config(**checkpoint["config"])
             config.image_weights = image_weights or config.image_weights
             config.text_encoder = text_encoder or config.text_encoder
@@ -632,15 +631,13 @@ CHECKPOINT_KEYS = ("config", "encoders", "identity", "coco", "held_out", "skippe
                    "model", "optimizer", "scaler", "running", "log")
 
 
-def read_checkpoint(path):
-    """A checkpoint of pretrain.py -> its entries, on the CPU. Runs no code from the file."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    return {key: checkpoint[key] for key in CHECKPOINT_KEYS}
-
-
-def checkpoint_errors(path):
-    """A block that reads this file: its errors become a UserError that names the file."""
-    return user_errors(f"{path} is not a complete checkpoint of this version", "give another file or folder")
+@contextmanager
+def open_checkpoint(path):
+    """A block that reads a checkpoint of pretrain.py. Gives it the entries, on the CPU; runs no code of the
+    file. Errors in the block become a UserError that names the file."""
+    with user_errors(f"{path} is not a complete checkpoint of this version", "give another file or folder"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        yield {key: checkpoint[key] for key in CHECKPOINT_KEYS}
 
 
 def differences(then, now):

@@ -182,8 +182,7 @@ def main(args):
     first_step, log, start_share = 0, [], 1.0  # start_share: share of X~ that is its random start
     running = torch.zeros(2)  # loss since the last log line, skipped steps so far
     if args.resume and data.is_file(path):
-        with model.checkpoint_errors(path):
-            saved = model.read_checkpoint(path)
+        with model.open_checkpoint(path) as saved:
             if differs := model.differences(saved["identity"], constant["identity"]):
                 raise UserError(f"{path} is of another run: {differs}; give the same, or another --out")
             for part in model.TRAINED:
