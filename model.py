@@ -447,8 +447,7 @@ def effective_rank(features):
     if not features.isfinite().all():
         return features.new_tensor(math.nan)  # svdvals would raise
     values = torch.linalg.svdvals((features - features.mean(0)).float().cpu())  # MPS has no such routine
-    share = values / values.sum().clamp_min(1e-12)
-    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
+    return torch.special.entr(values / values.sum().clamp_min(1e-12)).sum().exp()
 
 
 # ---- f_I and f_T: frozen ----
