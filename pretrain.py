@@ -57,7 +57,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -169,7 +168,7 @@ def main(args):
     optimizer = build_optimizer(net)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=net.dtype == torch.float16)
-    forward = DistributedDataParallel(net, broadcast_buffers=False) if world_size > 1 else net
+    forward = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world_size > 1 else net
     constant = {"config": asdict(net.config), "encoders": cache.encoders, "skipped": dict(+skipped),
                 "identity": run_identity(args, net, items, cache), "coco": str(Path(coco).resolve()),
                 "held_out": {items[i][0].name: cache.digests[i] for i in held_out}}
