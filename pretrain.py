@@ -564,8 +564,7 @@ def bench(args, rounds=50, limit=20):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counted on any device
         net.encode_images(images[:1])
         frozen = counter.get_total_flops() / 1e9
-        one = model.Masks(*(index[:1] for index in masks))
-        net(features.pair([0], [0]), one).energy.mean().backward()
+        net(features.pair([0], [0]), net.draw_masks(1, args.seed).to(device)).energy.mean().backward()
     trained = counter.get_total_flops() / 1e9 - frozen
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
