@@ -192,7 +192,9 @@ def main(args):
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
     elif path.exists():
         print(f"pretrain: starts anew and will replace {path}; --resume would continue it")
-    require_equal(first_step, constant["identity"], constant["held_out"])
+    seen = torch.tensor(int(data.digest(first_step, constant["identity"], constant["held_out"])[:15], 16))
+    if all_reduce(seen, dist.ReduceOp.MIN) < all_reduce(seen, dist.ReduceOp.MAX):  # one would wait for ever
+        raise UserError("the processes see different files: --coco and --out must be shared folders")
     running = running.to(device) / world_size  # each process has a share; all_reduce sums them
 
     def draws():
@@ -474,15 +476,6 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
         dist.all_reduce(value, op)
     return value
-
-
-def require_equal(*values):
-    """Raises UserError unless all processes have the same values: else one would wait for ever."""
-    if dist.is_initialized():
-        hashes = [None] * dist.get_world_size()
-        dist.all_gather_object(hashes, data.digest(*values))
-        if len(set(hashes)) > 1:
-            raise UserError("the processes see different files: --coco and --out must be shared folders")
 
 
 def split_batch(args, rank, world_size):
