@@ -403,8 +403,7 @@ class TIJEPA(nn.Module):
 
     def autocast(self):
         """The context in which all forward passes run."""
-        half = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype) if half else nullcontext()
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def fingerprint(self):
         """All that decides the features of the frozen encoders: {name: value}."""
