@@ -341,7 +341,7 @@ def retrieval_metrics(energies):
     return {name: value.mean().item() for name, value in figures.items()}
 
 
-def contrastive_similarity(cache, train, held_out, seed, most_epochs=30):
+def contrastive_similarity(cache, train, held_out, seed):
     """The yardstick: the usual alternative to the energy. Two linear layers on the standardised mean
     tokens of f_I and f_T, trained by InfoNCE (CLIP's loss) on the pairs `train` -> the similarities of the
     held-out pictures and captions [I, I]. The number of epochs is the best for a tenth of `train`."""
@@ -373,8 +373,7 @@ def contrastive_similarity(cache, train, held_out, seed, most_epochs=30):
             yield layers
 
     tenth, others = np.split(np.random.default_rng(seed).permutation(train), [max(2, len(train) // 10)])
-    own = tenth, cache.first[tenth]
-    losses = [info_nce(layers, own).item() for layers in fit(others, most_epochs)]
+    losses = [info_nce(layers, (tenth, cache.first[tenth])).item() for layers in fit(others, 30)]
     *_, layers = fit(train, 1 + int(np.argmin(losses)))
     return logits(layers, (held_out, cache.first[held_out])).detach()
 
