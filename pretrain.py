@@ -278,8 +278,7 @@ def main(args):
                 if rank == 0:  # the log first: a run that is killed between the two writes both again
                     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in log)
                     data.atomic_write(path.with_name("log.jsonl"), text.encode())
-                    file = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
-                    torch.save(state, file)
+                    torch.save(state, file := io.BytesIO())  # to a file it would hide that a disk is full
                     data.atomic_write(path, file.getbuffer())
             if stop and done < steps:
                 tqdm.write(f"pretrain: stopped after step {done} of {steps}; --resume continues from there")
