@@ -4,29 +4,31 @@
 # VENV is where the packages are installed; `make ... VENV=` uses the python on the PATH as it is.
 VENV := .venv
 PYTHON3 := python3
-$(if $(word 2,$(VENV)),$(error VENV cannot have a space in it))
-PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON3))
+# What ?= sets can also come from the environment: PRESET=tiny make reproduce
 COCO ?= data/coco
 MVSA ?= data/mvsa
 # A path that begins with ~/, which not every shell replaces
-$(foreach name,COCO MVSA OUT CACHE SPLIT POSTS CHECKPOINT IMAGE_WEIGHTS TEXT_ENCODER,$(if $(filter ~/%,$(firstword $($(name)))),\
+$(foreach name,VENV COCO MVSA OUT CACHE SPLIT POSTS CHECKPOINT IMAGE_WEIGHTS TEXT_ENCODER,$(if $(filter ~/%,$(firstword $($(name)))),\
 	$(eval override $(name) := $(subst <~/,$(HOME)/,<$($(name))))))
+$(if $(word 2,$(VENV)),$(error VENV cannot have a space in it))
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON3))
 # `small` where the data are, or were named: then what is missing is an error. Else the toy. A PRESET that is named wins.
 ASKED := $(if $(filter pretrain,$(MAKECMDGOALS)),COCO,COCO MVSA)
 NAMED := $(filter-out file,$(foreach name,$(ASKED),$(origin $(name))))
-PRESET := $(if $(NAMED),small,$(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(ASKED)" = COCO ] && echo small || echo toy))
-OUT := out/$(PRESET)
+PRESET ?= $(if $(NAMED),small,$(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(ASKED)" = COCO ] && echo small || echo toy))
+PRESET := $(PRESET)
+OUT ?= out/$(PRESET)
 # Passed on to both scripts: DEVICE=cpu, DTYPE=bfloat16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, CACHE=DIR. To pretrain.py:
 # IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image|whitened, SEED=N, GPUS=N processes, ARGS=any. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
-DEVICE := auto
-DTYPE := auto
+DEVICE ?= auto
+DTYPE ?= auto
 TOY := data/toy
 IS_TOY := $(filter toy,$(PRESET))
 RUN_COCO := $(if $(IS_TOY),$(TOY)/coco,$(COCO))
 RUN_MVSA := $(if $(IS_TOY),$(TOY)/mvsa,$(MVSA))
-CACHE := $(if $(IS_TOY),$(TOY)/cache,data/cache)
+CACHE ?= $(if $(IS_TOY),$(TOY)/cache,data/cache)
 # The standard protocol has all modes and SPLIT; the others, on the toy or by PROTOCOLS="standard grouped", the probes.
-PROTOCOLS := $(if $(IS_TOY),standard grouped authors,standard)
+PROTOCOLS ?= $(if $(IS_TOY),standard grouped authors,standard)
 options_of = $(if $(filter standard,$(1)),$(if $(SPLIT),--split "$(SPLIT)"),--mode probe)
 ENCODERS := $(if $(IMAGE_WEIGHTS),--image_weights "$(IMAGE_WEIGHTS)") $(if $(TEXT_ENCODER),--text_encoder "$(TEXT_ENCODER)")
 BOTH := --device $(DEVICE) --dtype $(DTYPE) --cache "$(CACHE)" $(ENCODERS)
@@ -53,6 +55,7 @@ pretrain: check-preset packages ## pretrain and measure the energies, without MV
 	@$(TRAIN) --preset $(PRESET) --coco "$(RUN_COCO)" --out "$(OUT)"
 	@$(EVAL) "$(OUT)/checkpoint.pt" --coco "$(RUN_COCO)"
 
+$(if $(filter judge,$(MAKECMDGOALS)),$(if $(and $(CHECKPOINT),$(POSTS)),,$(error make judge needs CHECKPOINT=FILE and POSTS=FOLDER)))
 judge: PROTOCOLS := standard
 judge: packages ## judge a checkpoint on other labelled posts, FOLDER/posts.csv, CHECKPOINT=FILE POSTS=FOLDER
 	@$(foreach protocol,$(PROTOCOLS),$(JUDGE) --checkpoint "$(CHECKPOINT)" --posts "$(POSTS)" --protocol $(protocol) \

@@ -159,11 +159,9 @@ class FeatureCache:
             self.pictures = list(pool.map(lambda item: digest(read_file(item[0])), items))
         self.digests = [digest(picture, captions) for picture, (_, captions) in zip(self.pictures, items)]
         texts = [text for _, captions in items for text in captions]
-        tokens, unknown = [], 0  # of each text; of all
+        tokens = []  # of each text
         for n in range(0, len(texts), 1000):  # all at once would take GBs
-            ids = net.text_encoder.tokenize(texts[n:n + 1000])["input_ids"]
-            tokens += map(len, ids)
-            unknown += sum(one.count(net.text_encoder.tokenizer.unk_token_id) for one in ids)
+            tokens += map(len, net.text_encoder.tokenize(texts[n:n + 1000])["input_ids"])
         self.offsets = np.cumsum([0, *tokens])
         self.first = np.cumsum([0, *(len(captions) for _, captions in items)])
         self.encoders = net.fingerprint()  # with f_I's size, interpolation, mean and std
@@ -183,8 +181,9 @@ class FeatureCache:
         longest = net.text_encoder.max_tokens
         cut = sum(length >= longest for length in tokens)
         note = f"; {cut} have {longest} tokens or more: f_T reads {longest}" if cut else ""
-        if 20 * unknown > sum(tokens):
-            note += f"; f_T does not know {unknown / sum(tokens):.0%} of their tokens"
+        known, rows = len(net.text_encoder.tokenizer), net.text_encoder.bert.config.vocab_size
+        if known < 0.9 * rows:
+            note += f"; f_T's tokenizer has {known} of the {rows} tokens of its embedding: is it cut off?"
         print(f"features: {self.folder}, {len(items)} images ({len(self.unreadable)} unreadable), "
               f"{len(texts)} texts{note}")
 
@@ -317,15 +316,25 @@ def read_labels(path):
 def find_mvsa(root):
     """Folder -> {"single": folder, "multi": folder}, or one of them: in `root` or up to two levels below. The
     label file's header tells the set. Raises UserError for no set, or two folders of one set."""
-    folders, levels = {}, ("labelResultAll.txt", "*/labelResultAll.txt", "*/*/labelResultAll.txt")
-    for path in sorted(path for level in levels for path in Path(root).glob(level)):
+    folders = {}
+    for path in find("labelResultAll.txt", root, levels=2):
         kind = read_labels(path)[0]
         if kind in folders:
             raise UserError(f"two folders hold MVSA-{kind}: {folders[kind]} and {path.parent}; keep one")
         folders[kind] = path.parent
     if not folders:
-        raise UserError(f"MVSA not found: looked for {root}/{', '.join(levels)}\n  {MVSA_HELP}")
+        raise UserError(f"MVSA not found: no {root}/labelResultAll.txt, nor two levels below\n  {MVSA_HELP}")
     return folders
+
+
+def find(name, root, levels):
+    """Yields the files of this name in `root` and up to `levels` below. Prints which folder it cannot list."""
+    walk = os.walk(root, onerror=lambda error: print(error, file=sys.stderr), followlinks=True)
+    for folder, below, names in walk:
+        if len(Path(folder).relative_to(root).parts) == levels:
+            below.clear()
+        if name in names:
+            yield Path(folder) / name
 
 
 def load_mvsa(folder):
@@ -349,23 +358,23 @@ def load_posts(folder):
     """A folder's posts.csv, with the header image,text,label or image,text,label,split -> posts, Counter of
     what was skipped. Prints the lines it skips. Raises UserError if there is no post."""
     path = Path(folder) / "posts.csv"
-    reader = csv.DictReader(StringIO(decode_text(read_file(path) or b""), newline=""))
+    reader = csv.DictReader(StringIO(decode_text(read_file(path) or b""), newline=""), strict=True)
     try:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+        raise UserError(f"{path}, after line {reader.line_num}: {error}") from error
     if not {"image", "text", "label"} <= set(reader.fieldnames):
         raise UserError(f"{path} is no file that begins with image,text,label or image,text,label,split")
     posts, skipped = [], Counter()
     for n, row in rows:  # a field that the line lacks is None
         name, text, label, part = ((row.get(key) or "").strip() for key in "image text label split".split())
-        wrong = {"not as many fields as in the first line": None in row or None in row.values(),
-                 "no label": not label, "no image file": not is_file(path.parent / name),
-                 "split is not train, validation or test": "split" in row and part not in PARTS}
-        if reasons := [reason for reason, holds in wrong.items() if holds]:
-            skipped[reasons[0]] += 1
-            print(f"skipped: {path}, line {n}: {reasons[0]}", file=sys.stderr)
+        reason = ("not as many fields as in the first line" if None in row or None in row.values() else
+                  "no label" if not label else "no image file" if not is_file(path.parent / name) else
+                  f"split is not one of {PARTS}" if "split" in row and part not in PARTS else None)
+        if reason:
+            skipped[reason] += 1
+            print(f"skipped: {path}, line {n}: {reason}", file=sys.stderr)
         else:
             posts.append(Post("posts", str(n), path.parent / name, text, label, part))
     if not posts:
@@ -413,7 +422,7 @@ def clmlf_split(folder, posts):
     """CLMLF's train.json, dev.json, test.json -> indices of each, Counter of what does not match. Looks in
     `folder` and below; of several, takes the path that names the set of `posts`. Raises UserError."""
     folder, kind = Path(folder), posts[0].set
-    found = (path.parent for level in range(6) for path in folder.glob("*/" * level + "train.json"))
+    found = (path.parent for path in find("train.json", folder, levels=5))
     homes = [*{home.resolve(): home for home in found}.values()]  # a folder may be linked, even to itself
     homes = [home for home in homes if kind in str(home.relative_to(folder)).lower()] or homes
     if len(homes) != 1:
@@ -704,8 +713,7 @@ def describe(counts):
 def number(kind, least, most=sys.float_info.max):
     """add_argument's type and metavar for a number from `least` to `most`. Refuses nan and infinity."""
     def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
+        if not least <= (value := kind(text)) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not in the range {shown}")
         return value
     shown = f"{least}.." if most == sys.float_info.max else f"{least}..{most}"

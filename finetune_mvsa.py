@@ -126,8 +126,10 @@ def split_posts(posts, labels, args):
             if not all(map(len, parts)):
                 raise UserError(f"{args.posts}: one of {data.PARTS} has no readable post")
         repeats = data.repeats(posts, *parts)
-        for name, repeated in zip(("validation", "test"), repeats):
+        for name, part, repeated in zip(data.PARTS[1:], parts[1:], repeats):
             notes.update(f"{name} posts with the {what} of a training post" for what, _ in repeated)
+            notes[f"{name} posts with a label that no training post has"] = int(
+                (~np.isin(labels[part], labels[parts[0]])).sum())
         return dict.fromkeys(args.seeds, parts), notes, [i for _, i in repeats[1]]
     if args.protocol == "authors":
         return {seed: data.random_split(labels, seed) for seed in args.seeds}, notes, []
@@ -371,11 +373,11 @@ def make_table(results, config, args, start_share):
         parts.append("**Toy data and toy encoders: not the paper's numbers, and not comparable to them.**")
     for kind, result in results.items():
         pool = " of the pool, upsampled" if args.protocol == "authors" else ""
-        notes = "".join(f"; {count} {what}" for what, count in result["split_notes"].items())
+        notes = "".join(f"; {count} {what}" for what, count in result["split_notes"].items() if count)
         skipped = data.describe(result["skipped"])
         parts += [f"## {NAMES.get(kind) or Path(args.posts).name}",
-                  f"{result['posts']} posts, skipped: {skipped}; train, validation, test "
-                  f"{result['split_sizes']}{pool}{notes}"]
+                  f"{result['posts']} posts ({data.describe(result['labels'])}), skipped: {skipped}; "
+                  f"train, validation, test {result['split_sizes']}{pool}{notes}"]
         *_, last = result["scores"].values()
         columns = [key for key in last if key != "confusion"]
         table = [(row, *(mean_std(one[key]) for key in columns)) for row, one in result["scores"].items()]

@@ -521,9 +521,10 @@ HUB_NAMES = {"embeddings.patch_embeddings.projection": "patch_embed.proj", "enco
 
 def refuse_stand_ins(*paths):
     """Raises ValueError for a web page or git-lfs pointer that a download left in a file's place."""
+    page = rb"(?i)(\xef\xbb\xbf)?\s*(<!|<html|<head|<\?xml|version https://git-lfs)"
     for path in paths:
         with open(path, "rb") as file:
-            if re.match(rb"(?i)\s*(<!doctype|<html|version https://git-lfs)", file.read(60)):
+            if re.match(page, file.read(300)):
                 raise ValueError(f"{path} is a web page or a pointer of git-lfs, not the file itself")
 
 
@@ -554,18 +555,21 @@ class TextEncoder(nn.Module):
             if name == "toy":
                 self.tokenizer, self.bert = toy_bert(vocabulary)
             else:
-                refuse_stand_ins(*filter(Path.is_file, Path(name).glob("*")))  # none for a name on the hub
-                self.tokenizer = AutoTokenizer.from_pretrained(name)
+                read = {".json", ".txt", ".model", ".safetensors"}  # of a folder, not of a name on the hub
+                refuse_stand_ins(*(path for path in Path(name).glob("*") if path.suffix in read))
+                self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
                 # For a folder without tokenizer, transformers makes one of special tokens alone
                 known = self.tokenizer.get_vocab().keys() - self.tokenizer.all_special_tokens
                 words = self.tokenizer("a red dog", add_special_tokens=False)["input_ids"] if known else []
                 if not 2 * words.count(self.tokenizer.unk_token_id) < len(words) < 7:  # 9: by letters
                     raise ValueError("its tokenizer is not there, or knows no English word")
                 options = dict(dtype=torch.float32, output_loading_info=True)  # some are stored in 16 bits
-                self.bert, info = AutoModel.from_pretrained(name, **options)
+                self.bert, info = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
                 self.bert.pooler = None  # above s_T; random if the folder has none
-                if missing := [key for key in info["missing_keys"] if "pooler" not in key]:
-                    raise ValueError(f"it lacks the weights {missing}")
+                wrong = [key for key in info["missing_keys"] if "pooler" not in key]
+                wrong += [key for key in info["unexpected_keys"] if re.search(r"layers?\.\d", key)]  # no heads
+                if wrong:
+                    raise ValueError(f"its weights are not those of its config: {wrong}")
             config = self.bert.config
             limits = self.tokenizer.model_max_length, config.max_position_embeddings
             if config.is_encoder_decoder or self.tokenizer.pad_token is None or min(limits) < 2:
@@ -647,9 +651,10 @@ def differences(then, now):
 # ---- Devices and errors ----
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
-# Errors of the hub, its HTTP library (httpx or a successor), safetensors: not all are OSError or ValueError
-HTTP = sys.modules[hub_errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]
-LIBRARY_ERRORS = SafetensorError, HTTP.HTTPError, HTTP.InvalidURL, hub_errors.StrictDataclassError
+HTTP = sys.modules[hub_errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]  # httpx or a successor
+LOADING_ERRORS = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
+                  AssertionError, ImportError, pickle.UnpicklingError, SafetensorError, HTTP.HTTPError,
+                  HTTP.InvalidURL, hub_errors.StrictDataclassError)
 OUT_OF_MEMORY = "out of memory|allocate memory|start new thread"  # the words of torch and of Python
 
 
@@ -688,12 +693,15 @@ def user_errors(what, advice):
     """A block that loads a file: what loaders raise on a wrong file becomes a UserError."""
     try:
         yield
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-            AssertionError, ImportError, pickle.UnpicklingError, *LIBRARY_ERRORS) as error:
-        if re.search(OUT_OF_MEMORY, str(error)):
+    except Exception as error:
+        known = isinstance(error, LOADING_ERRORS) or type(error) is Exception  # tokenizers raises no other
+        if not known or re.search(OUT_OF_MEMORY, str(error)):
             raise
-        cause = error.__cause__ or error.__context__
-        reason = f"{type(error).__name__}: {error}" + (f" ({cause})" if cause else "")
+        causes, cause = [], error
+        while cause := cause.__cause__ or cause.__context__:
+            causes.append(cause)
+        causes.sort(key=lambda one: getattr(one, "response", None) is None)  # a server's answer first
+        reason = f"{type(error).__name__}: {error}" + (f" ({causes[0]})" if causes else "")
         reason = " ".join(reason.split())[:600]
         if "weights_only" in reason:  # torch and timm advise to run the file's code
             reason = "it is no file of weights, or one that runs code"

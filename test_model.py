@@ -341,7 +341,8 @@ def test_frozen_encoders_have_no_dropout_in_train_mode_either(net):
     assert not net.image_encoder.vit.training
 
 
-def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path):
+def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", None)  # transformers asks whether to run a folder's code
     vit = timm.create_model("test_vit", num_classes=0).state_dict()
     del vit["blocks.1.attn.proj.weight"]
     torch.save(vit, tmp_path / "weights")
@@ -372,13 +373,17 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path):
             (lambda: model.ImageEncoder("test_vit", f"{tmp_path}/weights"), "blocks.1.attn.proj.weight"),
             (lambda: model.ImageEncoder("test_resnet", pretrained=False), "num_prefix_tokens.*fixed patch"),
             (lambda: model.TIJEPA(replace(CONFIG, mask="before"), (Mock(grid=(6, 6)), None)), "a plain ViT"),
-            (lambda: load_text_encoder(num_hidden_layers=3), "lacks the weights .*encoder.layer.2"),
+            (lambda: load_text_encoder(num_hidden_layers=3), "weights are not those of .*encoder.layer.2"),
+            (lambda: load_text_encoder(num_hidden_layers=1), "weights are not those of .*encoder.layer.1"),
+            (lambda: load_text_encoder(auto_map={"AutoConfig": "a.B"}, model_type="a"), "cannot be loaded"),
+            (lambda: load_text_encoder(file="tokenizer.json", model={}), "cannot be loaded: Exception: "),
             (lambda: load_text_encoder(file="tokenizer_config.json", pad_token=None), "no padding token"),
             *((lambda f=family: load_untokenized(f), "tokenizer") for family in UNTOKENIZED),
             (lambda: load_text_encoder([*WORDS, "more"]), "more tokens than its embedding"),
             (lambda: load_text_encoder(WORDS[3:]), "knows no English word"),
             (lambda: load_stand_in(pointer), "stand_in/weights is a web page or a pointer of git-lfs"),
             (lambda: load_stand_in(b"\n<!DOCTYPE html><p>Sign in"), "stand_in/weights is a web page"),
+            (lambda: load_stand_in(b"\xef\xbb\xbf <?xml?>", "config.json"), "config.json is a web page"),
             (lambda: load_stand_in(b"not a pickle"), "it is no file of weights, or one that runs code; f_I"),
             (lambda: load_stand_in(pointer, "vocab.txt"), "vocab.txt is a web page or a pointer of git-lfs"),
             (lambda: model.ImageEncoder("toy", f"{tmp_path}/weights"), "toy's f_I takes no weights")):
@@ -399,6 +404,10 @@ def test_an_error_of_the_hub_is_a_sentence_with_its_cause(monkeypatch, error):
     for load, name in ((model.ImageEncoder, model.JEPA_14), (model.TextEncoder, "a/b")):
         with pytest.raises(UserError, match=f"{name} cannot be loaded.*: {error} .the cause.; f_"):
             load(name)
+    error.__cause__.__context__ = answer = ValueError("403 Forbidden")
+    answer.response = "the server's"
+    with pytest.raises(UserError, match=f"{name} cannot be loaded.*: {error} .403 Forbidden.; f_"):
+        load(name)
 
 
 @pytest.mark.parametrize("name, prefix, kind", [
@@ -450,6 +459,8 @@ def test_text_encoder_gives_the_states_of_a_model_from_the_hub(tmp_path, kind, l
     save_text_encoder(tmp_path)
     saved = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
     saved.save_pretrained(tmp_path)
+    for unread in ("README.md", "rust_model.ot"):
+        (tmp_path / unread).write_text("<html>")
     encoder = model.TextEncoder(str(tmp_path))
     states, mask = encoder([*TEXTS, "", "  "])
     assert mask.tolist() == [[n < 2 + words for n in range(13)] for words in (3, 11, 1, 1, 1)]
@@ -564,8 +575,12 @@ def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, 
     texts = ["red " * 62, "red " * 61, *198 * ["xyzzy"]]  # [CLS] and [SEP] count as well
     cache = data.FeatureCache(tmp_path / "cache", [(path, texts) for path in paths], encoded.net)
     assert list(cache.unreadable) == [0, 1, 2]
-    said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64; f_T does not know 27%"
-    assert said in capsys.readouterr().out
+    said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64"
+    assert f"{said}\n" in capsys.readouterr().out
+    text_encoder = encoded.net.text_encoder
+    monkeypatch.setattr(text_encoder.bert.config, "vocab_size", (size := len(text_encoder.tokenizer)) + 99)
+    data.FeatureCache(tmp_path / "cache", cache.items, encoded.net)
+    assert f"{said}; f_T's tokenizer has {size} of the {size + 99} tokens" in capsys.readouterr().out
     monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))  # is not the picture's fault
     assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == 2
 
@@ -808,7 +823,7 @@ def test_posts_of_any_encoding_are_read_and_dropped_for_each_reason(tmp_path):
     assert skipped == {"text and image of opposite polarity": 1, "text or image file missing": 2}
 
 
-def test_find_mvsa_knows_both_sets_by_their_headers(toy, tmp_path):
+def test_find_mvsa_knows_both_sets_by_their_headers(toy, tmp_path, monkeypatch, capsys):
     folders = {"single": tmp_path / "b", "multi": tmp_path / "y/a"}
     for name, folder in zip(("MVSA_Single", "MVSA_Multiple"), folders.values()):
         shutil.copytree(toy / "mvsa" / name, folder)
@@ -817,6 +832,9 @@ def test_find_mvsa_knows_both_sets_by_their_headers(toy, tmp_path):
     shutil.copytree(tmp_path / "b", tmp_path / "copy")
     with pytest.raises(UserError, match="two folders hold MVSA-single"):
         data.find_mvsa(tmp_path)
+    monkeypatch.setattr(os, "scandir", lambda path, scan=os.scandir: scan(
+        "/none" if str(path).endswith("copy") else path))
+    assert data.find_mvsa(tmp_path) == folders and "'/none'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, off", [("stratified", 0.02), ("stratified_groups", 0.05), ("random", 0.1)])
@@ -1650,21 +1668,26 @@ def test_other_posts_are_judged_as_mvsa_and_lines_of_no_use_are_named(toy, pretr
     with open(folder / "posts.csv", "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([["image", "Text ", "label", "more", "split"][:4 + split], *posts,
                                     *(line[:4 + split] for line in wrong),
-                                    *[["a b/1.jpg", "", "10", "", "dev"]] * split])
+                                    *[["a b/1.jpg", "", "10", "", "dev"],
+                                      ["a b/1.jpg", "", "rare", "", "test"]] * split])
     out = ["--posts", folder, "--out", tmp_path / "out", "--protocol", protocol]
     said = judge_mvsa(pretrained.out, *out).err
     results, lines, table = recompute(tmp_path / "out", "_my posts" + "_authors" * (protocol == "authors"))
     result = results["sets"]["posts"]
-    assert [*result["labels"].items()] == [*zip(labels, (10, 9, 10, 10))]  # MVSA's first, in their order
-    assert "## my posts\n" in table and "TI-JEPA-Large" not in table
+    counts = "10 positive, 9 negative, 10 10, " + "1 rare, " * split + "10 so, so"  # MVSA's come first
+    assert f"## my posts\n\n{39 + split} posts ({counts}), skipped: " in table
+    assert data.describe(result["labels"]) == counts and "TI-JEPA-Large" not in table
     for n, reason in enumerate(["no image file", "no label", "not as many fields"], start=82):
         assert f"posts.csv, line {n}: {reason}" in said
-    assert ("posts.csv, line 85: split is not" in said) == split
+    assert ("posts.csv, line 85: split is not one of ('train'," in said) == split
     assert sum(result["skipped"].values()) == 4 + split  # and the unreadable image
     tested = {line["id"] for line in lines if line["seed"] == "0"}
     if split and protocol == "standard":
-        assert result["split_sizes"] == [19, 8, 12] and tested == {str(n) for n in range(59, 82, 2)}
-        assert "accuracy without repeats" in table
+        assert result["split_sizes"] == [19, 8, 13] and tested == {str(n) for n in (*range(59, 82, 2), 86)}
+        assert "accuracy without repeats" in table and "1 test posts with a label that no" in table
+    (folder / "posts.csv").write_text('image,text,label\na b/1.jpg,"not closed,10\na b/2.jpg,"",10\n')
+    with pytest.raises(UserError, match="posts.csv, after line 1: "):
+        data.load_posts(folder)
 
 
 SEED = "out/predictions/standard-single-{}.json".format
@@ -1742,9 +1765,8 @@ def test_the_readmes_code_runs_and_encodes_by_the_target_encoder(pretrained, toy
     assert names["energies"].shape == (2,) and names["logits"].shape == (2, 10)
 
 
-def make(words):
-    others = "COCO", "MVSA", "MAKE"  # of the user, of make test
-    env = {key: value for key, value in os.environ.items() if not key.startswith(others)}
+def make(words, **given):
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], **given}  # and no other variable of a user
     return execute("make", *shlex.split(words), cwd=HERE, env=env)
 
 
@@ -1807,7 +1829,10 @@ def test_make_says_what_it_would_run_or_lacks_and_evaluates_a_checkpoint_once(tm
             ("-n reproduce VENV= PRESET=toy",
              '[ "out/toy/eval.json" -nt "out/toy/checkpoint.pt" ] || "python3" pretrain.py')):
         assert says in make(words).stdout
-    assert "preset small" in execute("env", "COCO=/no", "make", "check-preset", cwd=HERE).stdout
+    assert "preset small" in make("check-preset", COCO="/no").stdout
+    assert "preset tiny, data /c" in make("check-preset", PRESET="tiny", COCO="/c").stdout
+    assert "needs CHECKPOINT=FILE and POSTS" in make("-n judge POST=/p CHECKPOINT=/x/c.pt VENV=").stderr
+    assert f"{Path.home()}/v/bin/python" in make("-n test VENV=~/v").stdout
     (tmp_path / "requirements.txt").write_text("numpy>=1\ntorch>=99\nno-such>=1\n")
     lacks = make(f"-C {tmp_path} -f '{HERE}/Makefile' packages VENV= 'PYTHON3={sys.executable}'")
     assert " lacks torch>=99, no-such>=1;" in lacks.stderr and lacks.returncode == 2
