@@ -328,7 +328,7 @@ def find_mvsa(root):
 
 
 def find(name, root, levels):
-    """Yields the files of this name in `root` and up to `levels` below. Prints which folder it cannot list."""
+    """The files of this name in `root` and up to `levels` below. Prints which folders it cannot list."""
     walk = os.walk(root, onerror=lambda error: print(error, file=sys.stderr), followlinks=True)
     for folder, below, names in walk:
         if len(Path(folder).relative_to(root).parts) == levels:
@@ -355,8 +355,7 @@ def load_mvsa(folder):
 
 
 def load_posts(folder):
-    """A folder's posts.csv, with the header image,text,label or image,text,label,split -> posts, Counter of
-    what was skipped. Prints the lines it skips. Raises UserError if there is no post."""
+    """A folder's posts.csv -> posts, Counter of what was skipped. Prints what it skips. Raises UserError."""
     path = Path(folder) / "posts.csv"
     reader = csv.DictReader(StringIO(decode_text(read_file(path) or b""), newline=""), strict=True)
     try:

@@ -1,7 +1,6 @@
 """Judge a pretrained TI-JEPA on MVSA or other posts: frozen or fine-tuned features -> linear head -> a table.
 
     python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --mvsa data/toy/mvsa
-    python finetune_mvsa.py --checkpoint out/toy/checkpoint.pt --posts FOLDER    another set: FOLDER/posts.csv
 
 Writes to OUT: results.md (the table), results.json (all numbers), predictions.csv (the probabilities of each
 test post; all scores come from them), confusion.png (of the last row), predictions/ (each finished seed, for
@@ -119,24 +118,19 @@ def split_posts(posts, labels, args):
     posts that repeat a training post (of a published split only)."""
     groups, notes = None, Counter()
     if args.protocol == "standard" and (args.split or posts[0].part):
+        parts = [np.flatnonzero([post.part == part for post in posts]) for part in data.PARTS]
         if args.split:
             parts, notes = data.clmlf_split(args.split, posts)
-        else:
-            parts = [np.flatnonzero([post.part == part for post in posts]) for part in data.PARTS]
-            if not all(map(len, parts)):
-                raise UserError(f"{args.posts}: one of {data.PARTS} has no readable post")
         repeats = data.repeats(posts, *parts)
-        for name, part, repeated in zip(data.PARTS[1:], parts[1:], repeats):
+        for name, repeated in zip(("validation", "test"), repeats):
             notes.update(f"{name} posts with the {what} of a training post" for what, _ in repeated)
-            notes[f"{name} posts with a label that no training post has"] = int(
-                (~np.isin(labels[part], labels[parts[0]])).sum())
         return dict.fromkeys(args.seeds, parts), notes, [i for _, i in repeats[1]]
     if args.protocol == "authors":
         return {seed: data.random_split(labels, seed) for seed in args.seeds}, notes, []
     if args.protocol == "grouped":
         groups = data.duplicate_groups(posts)
         sizes = [size for size in np.bincount(groups).tolist() if size > 1]
-        notes = {"groups of repeated posts": len(sizes), "posts in them": sum(sizes)}
+        notes.update({"groups of repeated posts": len(sizes), "posts in them": sum(sizes)})
     return {seed: data.stratified_split(labels, seed, groups) for seed in args.seeds}, notes, []
 
 
@@ -309,6 +303,10 @@ def judge(net, loaded, names, results, lines, args):
                *map(model.hash_weights, (net.target_encoder, net.context_encoder))]
     features, probes, hashes, predictions = None, defaultdict(dict), {}, {}
     for seed, split in tqdm(splits.items(), desc="seeds"):
+        if not all(map(len, split)):
+            raise UserError(f"one of {data.PARTS} has no readable post in this split")
+        unseen = ~np.isin(labels[split[2]], labels[split[0]])
+        notes["tests of a label that no training post of their split has"] += int(unseen.sum())
         hashes[seed] = data.digest([[(posts[i].set, posts[i].id) for i in part] for part in split])[:16]
         made_from = data.digest(*code, [*made_of, seed, hashes[seed]])
         path = Path(args.out) / "predictions" / f"{args.protocol}-{'-'.join(loaded)}-{seed}.json"
@@ -366,8 +364,8 @@ def make_table(results, config, args, start_share):
     """The results -> Markdown: each set's scores and differences."""
     parts = [f"# TI-JEPA on {Path(args.posts).name or 'MVSA'}",
              f"f_I {config.image_encoder}, f_T {config.text_encoder}, checkpoint {args.checkpoint}, protocol "
-             f"{args.protocol}. Mean ± standard deviation in % over {len(args.seeds)} seeds, which decide the "
-             "split (unless it is published), untrained weights and fine-tuning; one pretrained checkpoint. "
+             f"{args.protocol}. Mean ± standard deviation in % over {len(args.seeds)} seeds, which decide "
+             "splits (unless published), untrained weights and fine-tuning; one pretrained checkpoint. "
              f"{start_share:.2%} of X~ is still its random start."]
     if config.image_encoder == "toy":
         parts.append("**Toy data and toy encoders: not the paper's numbers, and not comparable to them.**")

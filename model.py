@@ -567,8 +567,8 @@ class TextEncoder(nn.Module):
                 self.bert, info = AutoModel.from_pretrained(name, trust_remote_code=False, **options)
                 self.bert.pooler = None  # above s_T; random if the folder has none
                 wrong = [key for key in info["missing_keys"] if "pooler" not in key]
-                wrong += [key for key in info["unexpected_keys"] if re.search(r"layers?\.\d", key)]  # no heads
-                if wrong:
+                wrong += [key for key in info["unexpected_keys"] if re.search(r"layers?\.\d", key)]
+                if wrong:  # other unexpected ones are heads
                     raise ValueError(f"its weights are not those of its config: {wrong}")
             config = self.bert.config
             limits = self.tokenizer.model_max_length, config.max_position_embeddings

@@ -1684,7 +1684,7 @@ def test_other_posts_are_judged_as_mvsa_and_lines_of_no_use_are_named(toy, pretr
     tested = {line["id"] for line in lines if line["seed"] == "0"}
     if split and protocol == "standard":
         assert result["split_sizes"] == [19, 8, 13] and tested == {str(n) for n in (*range(59, 82, 2), 86)}
-        assert "accuracy without repeats" in table and "1 test posts with a label that no" in table
+        assert "accuracy without repeats" in table and "; 2 tests of a label that no" in table
     (folder / "posts.csv").write_text('image,text,label\na b/1.jpg,"not closed,10\na b/2.jpg,"",10\n')
     with pytest.raises(UserError, match="posts.csv, after line 1: "):
         data.load_posts(folder)
