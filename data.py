@@ -124,7 +124,7 @@ def default_held_out(images):
 
 def hold_out(cache, count):
     """Indices of the readable images to train on, and of the `count` to measure on (0: the default):
-    the first by hash of the file name, so a lost image moves no other. Copies of a picture go with the last
+    the first by hash of the file name, so a lost image moves no other. Files of equal bytes go with the last
     of them; this can hold out more than `count`. Raises UserError unless it is at least 2, and not all."""
     count = count or default_held_out(len(cache.readable))
     pictures, names = cache.pictures, [digest(path.name) for path, _ in cache.items]

@@ -1688,6 +1688,8 @@ def test_other_posts_are_judged_as_mvsa_and_lines_of_no_use_are_named(toy, pretr
     (folder / "posts.csv").write_text('image,text,label\na b/1.jpg,"not closed,10\na b/2.jpg,"",10\n')
     with pytest.raises(UserError, match="posts.csv, after line 1: "):
         data.load_posts(folder)
+    (folder / "posts.csv").write_text("image,text,label,split\na b/1.jpg,,1,train\na b/2.jpg,,2,test\n")
+    assert "has no readable post in this split" in judge_mvsa(pretrained.out, *out, code=2).err
 
 
 SEED = "out/predictions/standard-single-{}.json".format
