@@ -4,10 +4,10 @@
 # VENV is where the packages are installed; `make ... VENV=` uses the python on the PATH as it is.
 VENV := .venv
 PYTHON3 := python3
-# What ?= sets can also come from the environment: PRESET=tiny make reproduce
+# These two and PRESET can also come from the environment: PRESET=tiny make reproduce
 COCO ?= data/coco
 MVSA ?= data/mvsa
-# A path that begins with ~/, which not every shell replaces
+# A path that begins with ~/, which not every shell replaces; < marks its start
 $(foreach name,VENV COCO MVSA OUT CACHE SPLIT POSTS CHECKPOINT IMAGE_WEIGHTS TEXT_ENCODER,$(if $(filter ~/%,$(firstword $($(name)))),\
 	$(eval override $(name) := $(subst <~/,$(HOME)/,<$($(name))))))
 $(if $(word 2,$(VENV)),$(error VENV cannot have a space in it))
@@ -15,20 +15,19 @@ PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON3))
 # `small` where the data are, or were named: then what is missing is an error. Else the toy. A PRESET that is named wins.
 ASKED := $(if $(filter pretrain,$(MAKECMDGOALS)),COCO,COCO MVSA)
 NAMED := $(filter-out file,$(foreach name,$(ASKED),$(origin $(name))))
-PRESET ?= $(if $(NAMED),small,$(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(ASKED)" = COCO ] && echo small || echo toy))
-PRESET := $(PRESET)
-OUT ?= out/$(PRESET)
+PRESET := $(or $(PRESET),$(if $(NAMED),small,$(shell [ -e "$(COCO)" ] && [ -e "$(MVSA)" -o "$(ASKED)" = COCO ] && echo small || echo toy)))
+OUT := out/$(PRESET)
 # Passed on to both scripts: DEVICE=cpu, DTYPE=bfloat16, IMAGE_WEIGHTS=FILE, TEXT_ENCODER=PATH, CACHE=DIR. To pretrain.py:
 # IMAGE_ENCODER=NAME, EPOCHS=N, TARGET=ema|image|whitened, SEED=N, GPUS=N processes, ARGS=any. To finetune_mvsa.py: SPLIT=FOLDER, PROTOCOLS=.
-DEVICE ?= auto
-DTYPE ?= auto
+DEVICE := auto
+DTYPE := auto
 TOY := data/toy
 IS_TOY := $(filter toy,$(PRESET))
 RUN_COCO := $(if $(IS_TOY),$(TOY)/coco,$(COCO))
 RUN_MVSA := $(if $(IS_TOY),$(TOY)/mvsa,$(MVSA))
-CACHE ?= $(if $(IS_TOY),$(TOY)/cache,data/cache)
+CACHE := $(if $(IS_TOY),$(TOY)/cache,data/cache)
 # The standard protocol has all modes and SPLIT; the others, on the toy or by PROTOCOLS="standard grouped", the probes.
-PROTOCOLS ?= $(if $(IS_TOY),standard grouped authors,standard)
+PROTOCOLS := $(if $(IS_TOY),standard grouped authors,standard)
 options_of = $(if $(filter standard,$(1)),$(if $(SPLIT),--split "$(SPLIT)"),--mode probe)
 ENCODERS := $(if $(IMAGE_WEIGHTS),--image_weights "$(IMAGE_WEIGHTS)") $(if $(TEXT_ENCODER),--text_encoder "$(TEXT_ENCODER)")
 BOTH := --device $(DEVICE) --dtype $(DTYPE) --cache "$(CACHE)" $(ENCODERS)

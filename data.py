@@ -159,9 +159,11 @@ class FeatureCache:
             self.pictures = list(pool.map(lambda item: digest(read_file(item[0])), items))
         self.digests = [digest(picture, captions) for picture, (_, captions) in zip(self.pictures, items)]
         texts = [text for _, captions in items for text in captions]
-        tokens = []  # of each text
+        tokens, unknown = [], 0  # of each text; of all
         for n in range(0, len(texts), 1000):  # all at once would take GBs
-            tokens += map(len, net.text_encoder.tokenize(texts[n:n + 1000])["input_ids"])
+            ids = net.text_encoder.tokenize(texts[n:n + 1000])["input_ids"]
+            tokens += map(len, ids)
+            unknown += sum(one.count(net.text_encoder.tokenizer.unk_token_id) for one in ids)
         self.offsets = np.cumsum([0, *tokens])
         self.first = np.cumsum([0, *(len(captions) for _, captions in items)])
         self.encoders = net.fingerprint()  # with f_I's size, interpolation, mean and std
@@ -181,6 +183,8 @@ class FeatureCache:
         longest = net.text_encoder.max_tokens
         cut = sum(length >= longest for length in tokens)
         note = f"; {cut} have {longest} tokens or more: f_T reads {longest}" if cut else ""
+        if 20 * unknown > sum(tokens):
+            note += f"; f_T does not know {unknown / sum(tokens):.0%} of their tokens"
         known, rows = len(net.text_encoder.tokenizer), net.text_encoder.bert.config.vocab_size
         if known < 0.9 * rows:
             note += f"; f_T's tokenizer has {known} of the {rows} tokens of its embedding: is it cut off?"
@@ -329,8 +333,11 @@ def find_mvsa(root):
 
 def find(name, root, levels):
     """The files of this name in `root` and up to `levels` below. Prints which folders it cannot list."""
-    walk = os.walk(root, onerror=lambda error: print(error, file=sys.stderr), followlinks=True)
-    for folder, below, names in walk:
+    def note(error):
+        if not isinstance(error, FileNotFoundError):
+            print(error, file=sys.stderr)
+
+    for folder, below, names in os.walk(Path(root), onerror=note, followlinks=True):
         if len(Path(folder).relative_to(root).parts) == levels:
             below.clear()
         if name in names:
@@ -355,14 +362,14 @@ def load_mvsa(folder):
 
 
 def load_posts(folder):
-    """A folder's posts.csv -> posts, Counter of what was skipped. Prints what it skips. Raises UserError."""
+    """FOLDER/posts.csv -> posts, Counter of what was skipped (and printed). Raises UserError if all are."""
     path = Path(folder) / "posts.csv"
     reader = csv.DictReader(StringIO(decode_text(read_file(path) or b""), newline=""), strict=True)
     try:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise UserError(f"{path}, after line {reader.line_num}: {error}") from error
+        raise UserError(f"{path}, after line {reader.line_num}: {error} (quotes within quotes are doubled)")
     if not {"image", "text", "label"} <= set(reader.fieldnames):
         raise UserError(f"{path} is no file that begins with image,text,label or image,text,label,split")
     posts, skipped = [], Counter()
@@ -427,10 +434,11 @@ def clmlf_split(folder, posts):
     if len(homes) != 1:
         raise UserError(f"--split {folder}: looked for one train.json of MVSA-{kind}, found {len(homes)}")
     index, parts, notes = {post.id: i for i, post in enumerate(posts)}, [], Counter()
+    label_of = dict(enumerate(LABELS))
     for name in ("train.json", "dev.json", "test.json"):
         try:
             entries = json.loads(read_file(homes[0] / name))  # TypeError: there is none
-            listed = [(str(entry["id"]), LABELS[int(entry["emotion_label"])]) for entry in entries]
+            listed = [(str(entry["id"]), label_of.get(int(entry["emotion_label"]))) for entry in entries]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{homes[0] / name} is no list of id, emotion_label: {error!r}") from error
         known = [(index[post], label) for post, label in listed if post in index]

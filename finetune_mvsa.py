@@ -4,7 +4,7 @@
 
 Writes to OUT: results.md (the table), results.json (all numbers), predictions.csv (the probabilities of each
 test post; all scores come from them), confusion.png (of the last row), predictions/ (each finished seed, for
-reuse). File names carry FOLDER's name and the protocol if not `standard`. All choices are made on validation.
+reuse). File names carry the name of --posts, and the protocol if not `standard`. Choices use validation only.
 The "F1" of MVSA papers is the weighted F1; macro F1 is low if a class is never predicted.
 """
 import argparse
@@ -299,12 +299,12 @@ def judge(net, loaded, names, results, lines, args):
     tested = np.concatenate([test for _, _, test in splits.values()])  # [T]: the tests of all seeds
     seeds = np.repeat(list(splits), [len(test) for _, _, test in splits.values()])  # [T]
     code = [Path(file).read_bytes() for file in (__file__, model.__file__, data.__file__)]
-    made_of = [cache.key, labels.tolist(), sorted(set(args.mode)), args.finetune_epochs, net.config.heads,
-               *map(model.hash_weights, (net.target_encoder, net.context_encoder))]
+    made_of = [cache.key, names, labels.tolist(), sorted(set(args.mode)), args.finetune_epochs,
+               net.config.heads, *map(model.hash_weights, (net.target_encoder, net.context_encoder))]
     features, probes, hashes, predictions = None, defaultdict(dict), {}, {}
     for seed, split in tqdm(splits.items(), desc="seeds"):
         if not all(map(len, split)):
-            raise UserError(f"one of {data.PARTS} has no readable post in this split")
+            raise UserError(f"{args.posts or args.mvsa}: one of {data.PARTS} has no readable post")
         unseen = ~np.isin(labels[split[2]], labels[split[0]])
         notes["tests of a label that no training post of their split has"] += int(unseen.sum())
         hashes[seed] = data.digest([[(posts[i].set, posts[i].id) for i in part] for part in split])[:16]

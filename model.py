@@ -546,7 +546,7 @@ def load_weights(vit, path):
 
 class TextEncoder(nn.Module):
     """f_T: a BERT-like Hugging Face encoder and its tokenizer, by name or local folder. Raises UserError if
-    it is not there or lacks a weight: transformers would fill the weight at random."""
+    it is not there or its weights are not its config's: transformers would fill in or drop some."""
 
     def __init__(self, name, vocabulary=()):
         super().__init__()
@@ -555,7 +555,8 @@ class TextEncoder(nn.Module):
             if name == "toy":
                 self.tokenizer, self.bert = toy_bert(vocabulary)
             else:
-                read = {".json", ".txt", ".model", ".safetensors"}  # of a folder, not of a name on the hub
+                weights = ".safetensors" if any(Path(name).glob("*.safetensors")) else ".bin"
+                read = {".json", ".txt", ".model", weights}  # of a folder, not of a name on the hub
                 refuse_stand_ins(*(path for path in Path(name).glob("*") if path.suffix in read))
                 self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
                 # For a folder without tokenizer, transformers makes one of special tokens alone
@@ -651,7 +652,8 @@ def differences(then, now):
 # ---- Devices and errors ----
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of the forward passes
-HTTP = sys.modules[hub_errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]  # httpx or a successor
+# What torch, timm, transformers, safetensors, the hub and its HTTP library (httpx or a successor) raise
+HTTP = sys.modules[hub_errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]
 LOADING_ERRORS = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
                   AssertionError, ImportError, pickle.UnpicklingError, SafetensorError, HTTP.HTTPError,
                   HTTP.InvalidURL, hub_errors.StrictDataclassError)
@@ -693,12 +695,13 @@ def user_errors(what, advice):
     """A block that loads a file: what loaders raise on a wrong file becomes a UserError."""
     try:
         yield
-    except Exception as error:
-        known = isinstance(error, LOADING_ERRORS) or type(error) is Exception  # tokenizers raises no other
-        if not known or re.search(OUT_OF_MEMORY, str(error)):
+    except Exception as error:  # tokenizers raises just this
+        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):
+            raise
+        if re.search(OUT_OF_MEMORY, str(error)):
             raise
         causes, cause = [], error
-        while cause := cause.__cause__ or cause.__context__:
+        while (cause := cause.__cause__ or cause.__context__) and cause not in causes:
             causes.append(cause)
         causes.sort(key=lambda one: getattr(one, "response", None) is None)  # a server's answer first
         reason = f"{type(error).__name__}: {error}" + (f" ({causes[0]})" if causes else "")

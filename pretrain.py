@@ -381,7 +381,8 @@ def evaluate(args):
     """The --eval command: measure the images that the checkpoint held out."""
     net, checkpoint = model.TIJEPA.from_checkpoint(args.eval, args.image_weights, args.text_encoder)
     net.place(model.pick_device(args.device), args.dtype)
-    folder = Path(args.out)  # no lock: a run may be evaluated while it trains
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)  # no lock: a run may be evaluated while it trains
     if args.image:
         return rank_captions(args, net)
     names, coco = checkpoint["held_out"], args.coco or checkpoint["coco"]  # {file name of an image: its hash}

@@ -361,7 +361,8 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path, monkeypatc
 
     def load_stand_in(content, name="weights"):
         path = tmp_path / "stand_in" / name
-        path.parent.mkdir(exist_ok=True)
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path.parent.mkdir()
         path.write_bytes(content)
         model.TextEncoder(str(path.parent)) if name != "weights" else model.ImageEncoder("test_vit", path)
 
@@ -386,6 +387,7 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path, monkeypatc
             (lambda: load_stand_in(b"\xef\xbb\xbf <?xml?>", "config.json"), "config.json is a web page"),
             (lambda: load_stand_in(b"not a pickle"), "it is no file of weights, or one that runs code; f_I"),
             (lambda: load_stand_in(pointer, "vocab.txt"), "vocab.txt is a web page or a pointer of git-lfs"),
+            (lambda: load_stand_in(pointer, "pytorch_model.bin"), "pytorch_model.bin is a web page"),
             (lambda: model.ImageEncoder("toy", f"{tmp_path}/weights"), "toy's f_I takes no weights")):
         with pytest.raises(UserError, match=words):
             attempt()
@@ -459,7 +461,7 @@ def test_text_encoder_gives_the_states_of_a_model_from_the_hub(tmp_path, kind, l
     save_text_encoder(tmp_path)
     saved = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
     saved.save_pretrained(tmp_path)
-    for unread in ("README.md", "rust_model.ot"):
+    for unread in ("README.md", "pytorch_model.bin"):
         (tmp_path / unread).write_text("<html>")
     encoder = model.TextEncoder(str(tmp_path))
     states, mask = encoder([*TEXTS, "", "  "])
@@ -575,12 +577,12 @@ def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, 
     texts = ["red " * 62, "red " * 61, *198 * ["xyzzy"]]  # [CLS] and [SEP] count as well
     cache = data.FeatureCache(tmp_path / "cache", [(path, texts) for path in paths], encoded.net)
     assert list(cache.unreadable) == [0, 1, 2]
-    said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64"
-    assert f"{said}\n" in capsys.readouterr().out
+    said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64; f_T does not know 27%"
+    assert f"{said} of their tokens\n" in capsys.readouterr().out
     text_encoder = encoded.net.text_encoder
     monkeypatch.setattr(text_encoder.bert.config, "vocab_size", (size := len(text_encoder.tokenizer)) + 99)
     data.FeatureCache(tmp_path / "cache", cache.items, encoded.net)
-    assert f"{said}; f_T's tokenizer has {size} of the {size + 99} tokens" in capsys.readouterr().out
+    assert f"tokens; f_T's tokenizer has {size} of the {size + 99} tokens" in capsys.readouterr().out
     monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))  # is not the picture's fault
     assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == 2
 
@@ -833,8 +835,8 @@ def test_find_mvsa_knows_both_sets_by_their_headers(toy, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match="two folders hold MVSA-single"):
         data.find_mvsa(tmp_path)
     monkeypatch.setattr(os, "scandir", lambda path, scan=os.scandir: scan(
-        "/none" if str(path).endswith("copy") else path))
-    assert data.find_mvsa(tmp_path) == folders and "'/none'" in capsys.readouterr().err
+        __file__ if str(path).endswith("copy") else path))
+    assert data.find_mvsa(tmp_path) == folders and f"directory: '{__file__}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, off", [("stratified", 0.02), ("stratified_groups", 0.05), ("random", 0.1)])
@@ -1685,11 +1687,16 @@ def test_other_posts_are_judged_as_mvsa_and_lines_of_no_use_are_named(toy, pretr
     if split and protocol == "standard":
         assert result["split_sizes"] == [19, 8, 13] and tested == {str(n) for n in (*range(59, 82, 2), 86)}
         assert "accuracy without repeats" in table and "; 2 tests of a label that no" in table
+        before = {path: path.read_text() for path in tmp_path.rglob("predictions/*.json")}
+        posts = (folder / "posts.csv").read_text()
+        (folder / "posts.csv").write_text(posts.replace(",10,", ",11,"))  # another label in the same place
+        judge_mvsa(pretrained.out, *out)
+        assert len(before) == 2 and all(path.read_text() != text for path, text in before.items())
     (folder / "posts.csv").write_text('image,text,label\na b/1.jpg,"not closed,10\na b/2.jpg,"",10\n')
     with pytest.raises(UserError, match="posts.csv, after line 1: "):
         data.load_posts(folder)
     (folder / "posts.csv").write_text("image,text,label,split\na b/1.jpg,,1,train\na b/2.jpg,,2,test\n")
-    assert "has no readable post in this split" in judge_mvsa(pretrained.out, *out, code=2).err
+    assert "my posts: one of ('train', " in judge_mvsa(pretrained.out, *out, code=2).err
 
 
 SEED = "out/predictions/standard-single-{}.json".format
