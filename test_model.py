@@ -413,8 +413,11 @@ def test_an_error_of_the_hub_is_a_sentence_with_its_cause(monkeypatch, error):
 
 
 @pytest.mark.parametrize("name, prefix, kind", [
-    ("test_vit", 1, "ijepa"), ("test_vit_relpos", 0, "plain"), ("test_vit", 1, "hub")])
-def test_image_encoder_gives_the_patch_tokens_of_pixels_normalised_by_timm(tmp_path, name, prefix, kind):
+    ("test_vit", 1, "ijepa"), ("vit_relpos_small_patch16_224", 0, "plain"), ("test_vit", 1, "hub")])
+def test_image_encoder_gives_the_patch_tokens_of_normalised_pixels(tmp_path, monkeypatch, name, prefix, kind):
+    if kind == "plain":  # one with buffers and without a class token, made small
+        monkeypatch.setattr(timm, "create_model", lambda name, create=timm.create_model, **options: create(
+            name, img_size=160, embed_dim=64, depth=2, num_heads=4, **options))
     vit = timm.create_model(name, num_classes=7).eval()  # a classifier may be left over: f_I has none
     plain, path = vit.state_dict(), tmp_path / "weights"
     own, other = ({f"module.{key}": value + n for key, value in plain.items()} for n in (0, 1))
@@ -422,7 +425,7 @@ def test_image_encoder_gives_the_patch_tokens_of_pixels_normalised_by_timm(tmp_p
     vit.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.2, 0.4, 0.6))
     timm.models.save_for_hf(vit, tmp_path / "hub")
     encoder = model.ImageEncoder(*[f"local-dir:{tmp_path}/hub"] if kind == "hub" else [name, str(path)])
-    config = {**timm.data.resolve_model_data_config(encoder.vit), "crop_pct": 1.0}
+    config = dict(timm.data.resolve_model_data_config(encoder.vit), crop_pct=1.0, input_size=(3, 160, 160))
     transform = timm.data.create_transform(**config)
     images = torch.randint(256, (2, 3, 160, 160), generator=generator_of(0), dtype=torch.uint8)
     pixels = torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
