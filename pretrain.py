@@ -192,7 +192,7 @@ def main(args):
         print(f"pretrain: resumes {path} after step {first_step} of {steps}")
     elif path.exists():
         print(f"pretrain: starts anew and will replace {path}; --resume would continue it")
-    seen = torch.tensor(int(data.digest(first_step, constant["identity"], constant["held_out"])[:15], 16))
+    seen = torch.tensor(int(data.digest(first_step, constant["identity"])[:15], 16))
     if all_reduce(seen, dist.ReduceOp.MIN) < all_reduce(seen, dist.ReduceOp.MAX):  # one would wait for ever
         raise UserError("the processes see different files: --coco and --out must be shared folders")
     running = running.to(device) / world_size  # each process has a share; all_reduce sums them

@@ -342,15 +342,23 @@ def test_frozen_encoders_have_no_dropout_in_train_mode_either(net):
 
 
 def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", None)  # transformers asks whether to run a folder's code
+    asked = Mock(return_value="n")  # transformers asks whether to run a folder's code
+    monkeypatch.setattr("builtins.input", asked)
     vit = timm.create_model("test_vit", num_classes=0).state_dict()
     del vit["blocks.1.attn.proj.weight"]
     torch.save(vit, tmp_path / "weights")
+    (torn := tmp_path / "torn.safetensors").write_bytes(bytes(99))
 
     def load_text_encoder(words=WORDS, **edit):
         save_text_encoder(tmp_path, **edit)
         if words != WORDS:
             model.toy_bert(words)[0].save_pretrained(tmp_path)
+        model.TextEncoder(str(tmp_path))
+
+    def load_with(key):
+        save_text_encoder(tmp_path)
+        bert = model.toy_bert(WORDS)[1]
+        bert.save_pretrained(tmp_path, state_dict={**bert.state_dict(), key: torch.zeros(1)})
         model.TextEncoder(str(tmp_path))
 
     def load_untokenized(family):
@@ -372,10 +380,12 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path, monkeypatc
             (lambda: net.frozen_features(IMAGES / 255, TEXTS), r"torch.float32 with .* of torch.uint8"),
             (lambda: sample_masks((9, 5), 2, 0), "9 x 5 patch grid is too small.*--image_encoder"),
             (lambda: model.ImageEncoder("test_vit", f"{tmp_path}/weights"), "blocks.1.attn.proj.weight"),
+            (lambda: model.ImageEncoder("test_vit", torn), "torn.safetensors: SafetensorError"),
             (lambda: model.ImageEncoder("test_resnet", pretrained=False), "num_prefix_tokens.*fixed patch"),
             (lambda: model.TIJEPA(replace(CONFIG, mask="before"), (Mock(grid=(6, 6)), None)), "a plain ViT"),
             (lambda: load_text_encoder(num_hidden_layers=3), "weights are not those of .*encoder.layer.2"),
             (lambda: load_text_encoder(num_hidden_layers=1), "weights are not those of .*encoder.layer.1"),
+            (lambda: load_with("layers.9.bias"), "weights are not those of .*layers.9"),
             (lambda: load_text_encoder(auto_map={"AutoConfig": "a.B"}, model_type="a"), "cannot be loaded"),
             (lambda: load_text_encoder(file="tokenizer.json", model={}), "cannot be loaded: Exception: "),
             (lambda: load_text_encoder(file="tokenizer_config.json", pad_token=None), "no padding token"),
@@ -385,12 +395,15 @@ def test_unfit_input_and_encoders_are_refused_in_words(net, tmp_path, monkeypatc
             (lambda: load_stand_in(pointer), "stand_in/weights is a web page or a pointer of git-lfs"),
             (lambda: load_stand_in(b"\n<!DOCTYPE html><p>Sign in"), "stand_in/weights is a web page"),
             (lambda: load_stand_in(b"\xef\xbb\xbf <?xml?>", "config.json"), "config.json is a web page"),
+            (lambda: load_stand_in(b"<HTML>"), "weights is a web page"),
+            (lambda: load_stand_in(b"<head>"), "weights is a web page"),
+            *((lambda f=file: load_stand_in(pointer, f), f"{file} is a web page")
+              for file in ("a.model", "a.safetensors", "pytorch_model.bin", "vocab.txt")),
             (lambda: load_stand_in(b"not a pickle"), "it is no file of weights, or one that runs code; f_I"),
-            (lambda: load_stand_in(pointer, "vocab.txt"), "vocab.txt is a web page or a pointer of git-lfs"),
-            (lambda: load_stand_in(pointer, "pytorch_model.bin"), "pytorch_model.bin is a web page"),
             (lambda: model.ImageEncoder("toy", f"{tmp_path}/weights"), "toy's f_I takes no weights")):
         with pytest.raises(UserError, match=words):
             attempt()
+    assert not asked.called
 
 
 UNTOKENIZED = "bert", "roberta", "distilbert", "mpnet", "xlm-roberta", "electra"
@@ -406,8 +419,10 @@ def test_an_error_of_the_hub_is_a_sentence_with_its_cause(monkeypatch, error):
     for load, name in ((model.ImageEncoder, model.JEPA_14), (model.TextEncoder, "a/b")):
         with pytest.raises(UserError, match=f"{name} cannot be loaded.*: {error} .the cause.; f_"):
             load(name)
+    with pytest.raises(ZeroDivisionError), model.user_errors("a file", "advice"):
+        1 / 0
     error.__cause__.__context__ = answer = ValueError("403 Forbidden")
-    answer.response = "the server's"
+    answer.response, answer.__cause__ = "the server's", error  # a circle
     with pytest.raises(UserError, match=f"{name} cannot be loaded.*: {error} .403 Forbidden.; f_"):
         load(name)
 
@@ -463,7 +478,7 @@ def test_text_encoder_gives_the_states_of_a_model_from_the_hub(tmp_path, kind, l
                  num_hidden_layers=2, max_position_embeddings=longest if kind == "bert" else 8192)
     save_text_encoder(tmp_path)
     saved = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
-    saved.save_pretrained(tmp_path)
+    saved.save_pretrained(tmp_path, state_dict={**saved.state_dict(), "cls.bias": torch.zeros(1)})  # a head
     for unread in ("README.md", "pytorch_model.bin"):
         (tmp_path / unread).write_text("<html>")
     encoder = model.TextEncoder(str(tmp_path))
@@ -518,13 +533,14 @@ def test_from_checkpoint_loads_all_weights_and_takes_moved_encoders_but_no_other
         torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), f"vit{number}")
         save_text_encoder(Path(f"bert{number}"), layer_norm_eps=10.0 ** (-6 + number))
     encoders = model.ImageEncoder("test_vit", "vit0"), model.TextEncoder("bert0")
-    config = replace(CONFIG, image_encoder="test_vit", image_weights="vit", text_encoder="bert")
+    config = replace(CONFIG, image_encoder="test_vit", image_weights="vit", text_encoder="bert",
+                     target="whitened")
     net = model.TIJEPA(config, encoders)
     randomize(net.context_encoder)  # now X~ differs from X
     parts = {name: getattr(net, name).state_dict() for name in model.TRAINED}
     contents = {"config": vars(config), "encoders": net.fingerprint(), "model": parts}
     torch.save(dict.fromkeys(model.CHECKPOINT_KEYS) | contents, "checkpoint.pt")
-    with pytest.raises(UserError, match="other encoders: f_I weights .* f_T layer_norm_eps"):
+    with pytest.raises(UserError, match="^checkpoint.pt was trained .*: f_I weights .* f_T layer_norm_eps"):
         model.TIJEPA.from_checkpoint("checkpoint.pt", "vit1", "bert1")
     loaded = model.TIJEPA.from_checkpoint("checkpoint.pt", "vit0", "bert0")[0].state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())
@@ -583,9 +599,10 @@ def test_what_is_no_image_and_texts_that_are_cut_are_counted(tmp_path, encoded, 
     said = "3 images (3 unreadable), 600 texts; 3 have 64 tokens or more: f_T reads 64; f_T does not know 27%"
     assert f"{said} of their tokens\n" in capsys.readouterr().out
     text_encoder = encoded.net.text_encoder
-    monkeypatch.setattr(text_encoder.bert.config, "vocab_size", (size := len(text_encoder.tokenizer)) + 99)
+    rows = int((size := len(text_encoder.tokenizer)) / 0.9) + 1
+    monkeypatch.setattr(text_encoder.bert.config, "vocab_size", rows)
     data.FeatureCache(tmp_path / "cache", cache.items, encoded.net)
-    assert f"tokens; f_T's tokenizer has {size} of the {size + 99} tokens" in capsys.readouterr().out
+    assert f"tokens; f_T's tokenizer has {size} of the {rows} tokens" in capsys.readouterr().out
     monkeypatch.setattr(Image, "open", Mock(side_effect=MemoryError))  # is not the picture's fault
     assert data.run_command(lambda: data.read_image(cut, encoded.net.image_encoder), "--x") == 2
 
@@ -728,6 +745,11 @@ def test_cached_features_are_those_encoded_on_the_fly(encoded, monkeypatch):
     means = [features.s_image[0].float().mean(0), features.s_text[0, mask[0]].float().mean(0)]
     for every, index, mean in zip(cache.means(), (images[0], draws[0][1][0]), means):
         assert torch.allclose(every[index], mean, atol=0.03) and every.dtype == torch.float32
+    for one in ("encode_images", "encode_texts"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="do not fit float16"):
+            patch.setattr(net, one, lambda given, real=getattr(net, one): (
+                1e9 * real(given) if one == "encode_images" else (1e9 * real(given)[0], real(given)[1])))
+            cache.encode([pictures[0]], texts[:1])
 
 
 def test_a_copy_needs_no_new_cache_and_other_data_or_encoders_get_one(encoded, tmp_path):
@@ -834,6 +856,9 @@ def test_find_mvsa_knows_both_sets_by_their_headers(toy, tmp_path, monkeypatch, 
         shutil.copytree(toy / "mvsa" / name, folder)
     assert data.find_mvsa(tmp_path) == folders
     assert data.find_mvsa(tmp_path / "b") == {"single": tmp_path / "b"}
+    with pytest.raises(UserError, match="MVSA not found"):
+        data.find_mvsa(shutil.copytree(tmp_path / "b", tmp_path / "deep/1/2/3").parents[2])
+    shutil.rmtree(tmp_path / "deep")
     shutil.copytree(tmp_path / "b", tmp_path / "copy")
     with pytest.raises(UserError, match="two folders hold MVSA-single"):
         data.find_mvsa(tmp_path)
@@ -891,6 +916,13 @@ def test_clmlf_split_reads_the_parts_and_counts_what_does_not_match(tmp_path):
         (linked / link).symlink_to(to)
     assert [len(part) for part in data.clmlf_split(linked, given)[0]] == [20, 4, 4]
     shutil.rmtree(linked)
+    write_split(tmp_path / "odd", [("0", 3), *entries[1:20]], entries[20:24], entries[24:])
+    assert data.clmlf_split(tmp_path / "odd", posts)[1]["labelled otherwise there"] == 1
+    shutil.rmtree(tmp_path / "odd")
+    write_split(tmp_path / "deep/1/2/3/4/5/6", *3 * [entries[:2]])
+    with pytest.raises(UserError, match="found 0"):
+        data.clmlf_split(tmp_path / "deep", posts)
+    shutil.rmtree(tmp_path / "deep")
     write_split(tmp_path / "twice", entries[:20], entries[20:24], entries[23:])
     write_split(tmp_path / "bad", entries[:20], [("1", None)], entries[20:])
     for folder, given, words in (
@@ -971,8 +1003,8 @@ def test_retrieval_metrics_by_hand():
 def test_contrastive_similarity_is_that_of_two_layers_trained_by_info_nce():
     seed, rng, first = 1, np.random.default_rng(1), np.arange(0, 301, 2)
     latent = rng.normal(size=(150, 6))
-    images = torch.tensor(latent @ rng.normal(size=(6, 20)) + rng.normal(size=(150, 20))).float()
-    texts = torch.tensor(latent.repeat(2, 0) @ rng.normal(size=(6, 30)) + rng.normal(size=(300, 30))).float()
+    images = torch.tensor(latent @ rng.normal(size=(6, 20)) + rng.normal(0, 4, (150, 20))).float()
+    texts = torch.tensor(latent.repeat(2, 0) @ rng.normal(size=(6, 30)) + rng.normal(0, 4, (300, 30))).float()
     cache = SimpleNamespace(first=first, means=lambda: (images, texts))
     train, held_out = np.arange(30, 150), np.arange(30)
     similarity = pretrain.contrastive_similarity(cache, train, held_out, seed)
@@ -1017,6 +1049,13 @@ def test_held_out_metrics_by_hand(net):
                "target_rank": torch.tensor(np.exp(-(share * np.log(share)).sum()))}
     by_hand = {name: values.mean().item() for name, values in by_hand.items()}
     assert figures == pytest.approx(by_hand, rel=1e-5)
+    same = net.frozen_features(IMAGES, TEXTS[:1] * 3)
+    assert pretrain.held_out_metrics(net, same)["pair_accuracy"] == 0.5  # ties
+    net.dtype = torch.bfloat16
+    *_, prediction, _ = next(net.measure(same, [range(3)]))
+    assert pretrain.held_out_metrics(net, same)["prediction_std"] == pytest.approx(
+        prediction.double().std(0).mean().item(), rel=1e-5)
+    assert model.effective_rank(torch.ones(3, 4)) == 1
 
 
 def test_energy_maps_average_the_masks_that_hid_each_patch(net):
@@ -1371,7 +1410,10 @@ def test_kill_9_at_8_random_moments_loses_nothing_but_time(pretrained, tmp_path)
     assert_same_run(out, tmp_path / "straight")
 
 
-def test_two_processes_have_the_losses_of_one(pretrained, tmp_path):
+def test_two_processes_have_the_losses_of_one(pretrained, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "all_reduce", lambda value, op: value + (op == pretrain.dist.ReduceOp.MAX))
+        assert "the processes see different files" in train(pretrained, tmp_path / "other", code=2).err
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = [*pretrained.options, *SHORT, "--epochs", 4, "--accumulate", 2, "--out"]
     done = execute(*torchrun, pretrain.__file__, *options, tmp_path / "two")
@@ -1379,6 +1421,7 @@ def test_two_processes_have_the_losses_of_one(pretrained, tmp_path):
     call(pretrain, *options, tmp_path / "one")
     two, one = ([line["loss"] for line in run_log(tmp_path / name)] for name in ("two", "one"))
     assert two == pytest.approx(one, abs=1e-5) and len(two) == 16
+    assert "pretrain: 100%" in pretrained.done.err
     assert "2 processes" in done.stdout and done.stdout.count("pretrain: wrote") == 1
 
 
@@ -1599,7 +1642,7 @@ def recompute(folder, ending=""):
             new, old = (np.array(result["scores"][row]["confusion"]) for row in pair.split(" minus "))
             assert gain == pytest.approx(100 * np.trace(new - old) / new.sum())
             rows.append([pair, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}"])
-    assert not groups and all(" | ".join(cells) in table for cells in rows)
+    assert "; 0 " not in table and not groups and all(" | ".join(cells) in table for cells in rows)
     return results, lines, table
 
 
@@ -1674,13 +1717,14 @@ def test_other_posts_are_judged_as_mvsa_and_lines_of_no_use_are_named(toy, pretr
         csv.writer(file).writerows([["image", "Text ", "label", "more", "split"][:4 + split], *posts,
                                     *(line[:4 + split] for line in wrong),
                                     *[["a b/1.jpg", "", "10", "", "dev"],
-                                      ["a b/1.jpg", "", "rare", "", "test"]] * split])
+                                      ["a b/1.jpg", "", "rare", "", "test"],
+                                      ["a b/1.jpg", "", "rare", "", "validation"]] * split])
     out = ["--posts", folder, "--out", tmp_path / "out", "--protocol", protocol]
     said = judge_mvsa(pretrained.out, *out).err
     results, lines, table = recompute(tmp_path / "out", "_my posts" + "_authors" * (protocol == "authors"))
     result = results["sets"]["posts"]
-    counts = "10 positive, 9 negative, 10 10, " + "1 rare, " * split + "10 so, so"  # MVSA's come first
-    assert f"## my posts\n\n{39 + split} posts ({counts}), skipped: " in table
+    counts = "10 positive, 9 negative, 10 10, " + "2 rare, " * split + "10 so, so"  # MVSA's come first
+    assert f"## my posts\n\n{39 + 2 * split} posts ({counts}), skipped: " in table
     assert data.describe(result["labels"]) == counts and "TI-JEPA-Large" not in table
     for n, reason in enumerate(["no image file", "no label", "not as many fields"], start=82):
         assert f"posts.csv, line {n}: {reason}" in said
@@ -1688,7 +1732,7 @@ def test_other_posts_are_judged_as_mvsa_and_lines_of_no_use_are_named(toy, pretr
     assert sum(result["skipped"].values()) == 4 + split  # and the unreadable image
     tested = {line["id"] for line in lines if line["seed"] == "0"}
     if split and protocol == "standard":
-        assert result["split_sizes"] == [19, 8, 13] and tested == {str(n) for n in (*range(59, 82, 2), 86)}
+        assert result["split_sizes"] == [19, 9, 13] and tested == {str(n) for n in (*range(59, 82, 2), 86)}
         assert "accuracy without repeats" in table and "; 2 tests of a label that no" in table
         before = {path: path.read_text() for path in tmp_path.rglob("predictions/*.json")}
         posts = (folder / "posts.csv").read_text()
@@ -1698,6 +1742,10 @@ def test_other_posts_are_judged_as_mvsa_and_lines_of_no_use_are_named(toy, pretr
     (folder / "posts.csv").write_text('image,text,label\na b/1.jpg,"not closed,10\na b/2.jpg,"",10\n')
     with pytest.raises(UserError, match="posts.csv, after line 1: "):
         data.load_posts(folder)
+    for more, reason in (("\na b/1.jpg,so, so,10", "not as many"), (",split\na b/1.jpg,,1,", "split is not")):
+        (folder / "posts.csv").write_text(f"image,text,label{more}\n")
+        with pytest.raises(UserError, match=f"no post to use; skipped: 1 {reason}"):
+            data.load_posts(folder)
     (folder / "posts.csv").write_text("image,text,label,split\na b/1.jpg,,1,train\na b/2.jpg,,2,test\n")
     assert "my posts: one of ('train', " in judge_mvsa(pretrained.out, *out, code=2).err
 
@@ -1836,12 +1884,14 @@ def test_make_says_what_it_would_run_or_lacks_and_evaluates_a_checkpoint_once(tm
             ("check-preset DEVICE=cpu", "toy, data data/toy/coco and data/toy/mvsa, device cpu. To"),
             ("check-preset COCO=/ MVSA=/", "preset small"), ("check-preset MVSA=/no", "preset small"),
             ("-n pretrain COCO=/ MVSA=/no VENV=", "--preset small"),
-            ("-n pretrain 'COCO=~/a b~~c' VENV=", f'--coco "{Path.home()}/a b~~c"'),
+            ("-n pretrain 'COCO=~/a b~~c~/d' VENV=", f'--coco "{Path.home()}/a b~~c~/d"'),
             ("-n coco VENV=", "--images 10000\n"), ("-n coco VENV= IMAGES=all", "--images 0\n"),
             ("-n reproduce VENV= PRESET=toy",
              '[ "out/toy/eval.json" -nt "out/toy/checkpoint.pt" ] || "python3" pretrain.py')):
         assert says in make(words).stdout
     assert "preset small" in make("check-preset", COCO="/no").stdout
+    assert "cannot have a space" in make("-n test 'VENV=a b'").stderr
+    assert '--posts "' + str(Path.home()) + '/p"' in make("-n judge VENV= CHECKPOINT=/c 'POSTS=~/p'").stdout
     assert "preset tiny, data /c" in make("check-preset", PRESET="tiny", COCO="/c").stdout
     assert "needs CHECKPOINT=FILE and POSTS" in make("-n judge POST=/p CHECKPOINT=/x/c.pt VENV=").stderr
     assert f"{Path.home()}/v/bin/python" in make("-n test VENV=~/v").stdout
@@ -1877,5 +1927,6 @@ def test_bad_input_gets_a_sentence_and_code_2(command, toy, pretrained, tmp_path
     with pytest.raises(SystemExit, match="2"):  # as a user types it
         runpy.run_path(str(HERE / sys.argv[0]), run_name="__main__")
     said = " ".join(capsys.readouterr().err.split())
-    assert "error:" in said and not Path("out", "checkpoint.pt").exists()
+    assert data.number(float, 0, 1)["type"]("1") == 1
+    assert "error:" in said and "Errno" not in said and not Path("out", "checkpoint.pt").exists()
     assert all(word in said for word in BAD[command].split()), said
