@@ -321,6 +321,8 @@ def judge(net, loaded, names, results, lines, args):
         predictions[seed] = rows
     for kind, (_, skipped) in loaded.items():
         of_set = np.flatnonzero(sets[tested] == kind)
+        if not len(of_set):
+            raise UserError(f"{args.mvsa}: MVSA-{kind} has too few posts: none is tested")
         seed, post = seeds[of_set], tested[of_set]  # of each test
         y, new = labels[post], ~np.isin(post, repeated)
         scores, right = {}, {}

@@ -1779,6 +1779,13 @@ def test_predictions_are_reused_for_the_same_run(judged_once, tmp_path, monkeypa
         assert recompute(judged / "out")[1] == recompute(judged / "fresh")[1]
 
 
+def test_authors_protocol_refuses_a_set_of_which_no_post_is_tested(toy, pretrained, tmp_path):
+    labels = shutil.copytree(toy / "mvsa", tmp_path / "mvsa") / "MVSA_Single" / "labelResultAll.txt"
+    labels.write_text("".join(labels.read_text().splitlines(True)[:2]))
+    out = "--mvsa", tmp_path / "mvsa", "--out", tmp_path / "out", "--protocol", "authors"
+    assert "MVSA-single has too few posts" in judge_mvsa(pretrained.out, *out, code=2).err
+
+
 def test_results_are_written_whole_or_not_at_all_in_a_folder_of_any_name(judged_once, tmp_path, monkeypatch):
     judged = shutil.copytree(judged_once, tmp_path / os.fsdecode(b"caf\xe9"))
     (judged / "out" / "results.md").unlink()
