@@ -176,7 +176,7 @@ class FeatureCache:
         sizes = {self.folder / name: np.dtype(name.split(".")[1]).itemsize * math.prod(shape)  # in bytes
                  for name, shape in self.shapes.items()}
         with locked(self.folder, wait=True):
-            if any(not path.is_file() or path.stat().st_size != size for path, size in sizes.items()):
+            if any(not is_file(path) or path.stat().st_size != size for path, size in sizes.items()):
                 self.build(sizes)
         readable = ~np.isnan(self.map("image.float16")[:, 0, 0])
         self.readable, self.unreadable = np.flatnonzero(readable), np.flatnonzero(~readable)
@@ -369,7 +369,7 @@ def load_posts(folder):
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise UserError(f"{path}, after line {reader.line_num}: {error} (quotes within quotes are doubled)")
+        raise UserError(f"{path}, after line {reader.line_num}: {error} (double inner quotes)") from error
     if not {"image", "text", "label"} <= set(reader.fieldnames):
         raise UserError(f"{path} is no file that begins with image,text,label or image,text,label,split")
     posts, skipped = [], Counter()
@@ -597,7 +597,7 @@ def fetch_coco(root, images):
         atomic_write(path, fetch(f"{COCO_URL}/train2017/{quote(path.name)}"))
 
     with locked(root):
-        if not (root / CAPTIONS).is_file():
+        if not is_file(root / CAPTIONS):
             url = f"{COCO_URL}/annotations/annotations_trainval2017.zip"
             try:
                 atomic_write(root / CAPTIONS, ZipFile(BytesIO(fetch(url))).read(CAPTIONS))
@@ -606,7 +606,7 @@ def fetch_coco(root, images):
         files, captions = parse_captions((root / CAPTIONS).read_bytes(), root / CAPTIONS)
         names = [Path(name).name for image, name in sorted(files.items()) if image in captions]
         paths = [root / "train2017" / name for name in names[:images or None]]
-        missing = [path for path in paths if not path.is_file()]
+        missing = [path for path in paths if not is_file(path)]
         with ThreadPool(16) as pool:  # daemon threads: Ctrl-C does not wait
             list(tqdm(pool.imap(get, missing), "fetch", len(missing), disable=not missing))
 

@@ -296,15 +296,17 @@ def judge(net, loaded, names, results, lines, args):
     sets = np.array([post.set for post in posts])
     labels = np.array([names.index(post.label) for post in posts])
     splits, notes, repeated = split_posts(posts, labels, args)
+    if not all(len(part) for split in splits.values() for part in split):
+        raise UserError(f"{args.posts or args.mvsa}: one of {data.PARTS} has no readable post")
     tested = np.concatenate([test for _, _, test in splits.values()])  # [T]: the tests of all seeds
     seeds = np.repeat(list(splits), [len(test) for _, _, test in splits.values()])  # [T]
+    if untested := loaded.keys() - set(sets[tested]):
+        raise UserError(f"{args.mvsa}: MVSA-{min(untested)} has too few posts: none is tested")
     code = [Path(file).read_bytes() for file in (__file__, model.__file__, data.__file__)]
     made_of = [cache.key, names, labels.tolist(), sorted(set(args.mode)), args.finetune_epochs,
                net.config.heads, *map(model.hash_weights, (net.target_encoder, net.context_encoder))]
     features, probes, hashes, predictions = None, defaultdict(dict), {}, {}
     for seed, split in tqdm(splits.items(), desc="seeds"):
-        if not all(map(len, split)):
-            raise UserError(f"{args.posts or args.mvsa}: one of {data.PARTS} has no readable post")
         unseen = ~np.isin(labels[split[2]], labels[split[0]])
         notes["tests of a label that no training post of their split has"] += int(unseen.sum())
         hashes[seed] = data.digest([[(posts[i].set, posts[i].id) for i in part] for part in split])[:16]
@@ -321,8 +323,6 @@ def judge(net, loaded, names, results, lines, args):
         predictions[seed] = rows
     for kind, (_, skipped) in loaded.items():
         of_set = np.flatnonzero(sets[tested] == kind)
-        if not len(of_set):
-            raise UserError(f"{args.mvsa}: MVSA-{kind} has too few posts: none is tested")
         seed, post = seeds[of_set], tested[of_set]  # of each test
         y, new = labels[post], ~np.isin(post, repeated)
         scores, right = {}, {}

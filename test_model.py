@@ -24,7 +24,7 @@ from unittest.mock import Mock
 # Before the imports. One thread: two on two busy cores are many times slower, and a fork of threads may hang.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 os.environ.update(HF_HOME=tempfile.mkdtemp(), TORCH_HOME=tempfile.mkdtemp())
-os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as in a notebook
+os.environ["MPLBACKEND"] = NOTEBOOK = "module://matplotlib_inline.backend_inline"
 
 import huggingface_hub
 import numpy as np
@@ -46,7 +46,7 @@ import pretrain
 from finetune_mvsa import CONCAT, ONLINE, PRETRAINED, UNTRAINED
 from model import UserError, generator_of, sample_masks
 
-os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # again, for processes of their own
+os.environ["MPLBACKEND"] = NOTEBOOK  # again, for processes of their own
 # tqdm shares its lock with forks: one that is killed while it holds it would stop all the others
 os.register_at_fork(after_in_child=lambda: data.tqdm.set_lock(multiprocessing.RLock()))
 
