@@ -495,7 +495,8 @@ class ImageEncoder(nn.Module):
     def forward(self, images, index=None):
         """images [B, 3, H, W] uint8 -> patch tokens [B, N, D_I]. With index [B or 1, K], f_I sees only
         these patches -> [B, K, D_I] (as I-JEPA's VisionTransformer.forward with masks)."""
-        vit, pixels = self.vit.eval(), (images / 255 - self.mean) / self.std  # eval, even after net.train()
+        vit = self.vit.eval() if self.vit.training else self.vit  # net.train() must not wake it
+        pixels = (images / 255 - self.mean) / self.std
         if index is None:
             return vit.forward_features(pixels)[:, self.prefix:]
         prefix, patches = vit._pos_embed(vit.patch_embed(pixels)).tensor_split([self.prefix], dim=1)
@@ -695,10 +696,9 @@ def user_errors(what, advice):
     """A block that loads a file: what loaders raise on a wrong file becomes a UserError."""
     try:
         yield
-    except Exception as error:  # tokenizers raises just this
-        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):
-            raise
-        if re.search(OUT_OF_MEMORY, str(error)):
+    except Exception as error:
+        listed = isinstance(error, LOADING_ERRORS) or type(error) is Exception  # tokenizers raises just this
+        if not listed or re.search(OUT_OF_MEMORY, str(error)):
             raise
         causes, cause = [], error
         while (cause := cause.__cause__ or cause.__context__) and cause not in causes:

@@ -214,7 +214,8 @@ def main(args):
     bar = tqdm(range(first_step, steps), "pretrain", steps, initial=first_step, disable=rank > 0)
     with catch_signals() as signals:
         for step, masks in zip(bar, all_masks):
-            # -- schedules of this step
+            # -- masks and schedules of this step
+            masks = masks.to(device)
             lr = warmup_cosine(step, steps, int(WARMUP * steps), START_LR, args.lr, FINAL_LR)
             wd = cosine(step, steps, START_WD, FINAL_WD)
             momentum = args.momentum + (args.final_momentum - args.momentum) * step / max(1, steps - 1)
@@ -227,7 +228,7 @@ def main(args):
                 features = next(batches)  # of B pairs, one micro-batch
                 waited += time.time() - start
                 forward.require_backward_grad_sync = part == micro_batches[-1]  # DDP: averages once a step
-                out = forward(features, model.Masks(*(index[part] for index in masks)).to(device))
+                out = forward(features, model.Masks(*(index[part] for index in masks)))
                 loss = out.energy.mean()
                 if args.sigreg:
                     loss = loss + args.sigreg * model.sigreg_term(out.context, args.seed, step)
